@@ -1,0 +1,57 @@
+"""Weight leaves and the two doors, `einsum` and `take`, through which activations meet them."""
+
+from effjax.weights.axes import Axes
+from effjax.weights.factored import Factored, LowRank
+from effjax.weights.quantized import Quantized
+from effjax.weights.sparse import Masked, SemiStructured
+from effjax.weights.trees import (
+    Tree,
+    Where,
+    combine,
+    ideal,
+    map_where,
+    named_axes,
+    partition,
+    paths,
+    project,
+    selector,
+)
+from effjax.weights.weight import (
+    AnyWeight,
+    Weight,
+    contract_dense,
+    dense,
+    einsum,
+    is_weight,
+    leaf,
+    named,
+    take,
+)
+
+__all__ = [
+    "AnyWeight",
+    "Axes",
+    "Factored",
+    "LowRank",
+    "Masked",
+    "Quantized",
+    "SemiStructured",
+    "Tree",
+    "Weight",
+    "Where",
+    "combine",
+    "contract_dense",
+    "dense",
+    "einsum",
+    "ideal",
+    "is_weight",
+    "leaf",
+    "map_where",
+    "named",
+    "named_axes",
+    "partition",
+    "paths",
+    "project",
+    "selector",
+    "take",
+]

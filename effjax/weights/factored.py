@@ -1,0 +1,126 @@
+"""Products of two thin factors: a truncated SVD alone, or a low-rank update beside a base."""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from effjax.weights.axes import Axes
+from effjax.weights.weight import (
+    AnyWeight,
+    Saving,
+    Weight,
+    contract_dense,
+    dense,
+    einsum,
+    leaf,
+    letters,
+    named,
+    take,
+    take_dense,
+)
+
+
+def factor_product(a: jax.Array, b: jax.Array, num_inputs: int) -> jax.Array:
+    """`a b` over the rank, batch axes kept: [*batch *inputs R] x [*batch R *outputs]."""
+    product = lambda left, right: jnp.tensordot(left, right, 1)
+    for _ in range(a.ndim - 1 - num_inputs):
+        product = jax.vmap(product)
+    return product(a, b)
+
+
+def contract_factors(
+    spec: str,
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    num_inputs: int,
+    scale: jax.Array | None = None,
+) -> jax.Array:
+    """`einsum(spec, x, scale * a b)` through the rank-R middle, never forming `a b`.
+
+    Whichever factor holds the contracted letters comes first, so a transposed use (a tied
+    embedding's logits) is as cheap as the forward one. scale: one number per batch entry.
+    """
+    xs, ws, ys = letters(spec)
+    num_batch = a.ndim - 1 - num_inputs
+    batch, inputs, outputs = ws[:num_batch], ws[num_batch : a.ndim - 1], ws[a.ndim - 1 :]
+    rank = next(c for c in "RQPOZYXW" if c not in spec)
+    first, second = (batch + inputs + rank, a), (batch + rank + outputs, b)
+    if all(c in ys for c in inputs):
+        first, second = second, first
+    middle = "".join(c for c in dict.fromkeys(xs + first[0]) if c in ys or c in second[0])
+    h = contract_dense(f"{xs},{first[0]}->{middle}", x, first[1])
+    if scale is not None:
+        order = [batch.index(c) for c in middle if c in batch]
+        sizes = iter(scale.transpose(order).shape)
+        h = h * scale.transpose(order).astype(h.dtype).reshape(
+            [next(sizes) if c in batch else 1 for c in middle]
+        )
+    return contract_dense(f"{middle},{second[0]}->{ys}", h, second[1])
+
+
+@leaf
+class Factored(Weight):
+    """W = a b, with a [*batch *inputs R] and b [*batch R *outputs]; num_inputs = len(inputs)."""
+
+    a: jax.Array
+    b: jax.Array
+    num_inputs: int = 1
+
+    learned: ClassVar[tuple[str, ...]] = ("a", "b")
+    saving: ClassVar[Saving | None] = "realised"
+
+    def materialize(self) -> jax.Array:
+        return factor_product(self.a, self.b, self.num_inputs)
+
+    def contract(self, spec: str, x: jax.Array) -> jax.Array:
+        return contract_factors(spec, x, self.a, self.b, self.num_inputs)
+
+    def take(self, ids: jax.Array) -> jax.Array:
+        return jnp.tensordot(take_dense(self.a, ids), self.b, 1)
+
+    def named(self, axes: Axes) -> Any:
+        return Factored(*_named_factors(axes), self.num_inputs)
+
+
+@leaf
+class LowRank(Weight):
+    """W = base + scale * a b, with a and b as in `Factored`; base is any weight and is frozen.
+
+    scale: float32, one number per batch entry, so that a sweep over it never retraces.
+    """
+
+    base: AnyWeight
+    a: jax.Array
+    b: jax.Array
+    scale: jax.Array
+    num_inputs: int = 1
+
+    learned: ClassVar[tuple[str, ...]] = ("a", "b")
+
+    def materialize(self) -> jax.Array:
+        base = dense(self.base)
+        delta = factor_product(self.a, self.b, self.num_inputs)
+        scale = self.scale.reshape(*self.scale.shape, *[1] * (delta.ndim - self.scale.ndim))
+        return (base + scale * delta).astype(base.dtype)
+
+    def contract(self, spec: str, x: jax.Array) -> jax.Array:
+        update = contract_factors(spec, x, self.a, self.b, self.num_inputs, self.scale)
+        return einsum(spec, x, self.base) + update
+
+    def take(self, ids: jax.Array) -> jax.Array:
+        delta = jnp.tensordot(take_dense(self.a, ids), self.b, 1)
+        return take(self.base, ids) + self.scale * delta
+
+    def named(self, axes: Axes) -> Any:
+        parts = (*_named_factors(axes), PartitionSpec(*axes.batch))
+        return LowRank(named(self.base, axes), *parts, self.num_inputs)
+
+
+def _named_factors(axes: Axes) -> tuple[PartitionSpec, PartitionSpec]:
+    return (
+        PartitionSpec(*axes.batch, *axes.inputs, "rank"),
+        PartitionSpec(*axes.batch, "rank", *axes.outputs),
+    )

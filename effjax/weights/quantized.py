@@ -1,0 +1,77 @@
+"""Codes and block scales: the leaf of every uniform quantiser."""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from effjax.weights.axes import Axes
+from effjax.weights.weight import Saving, Weight, contract_dense, leaf, letters
+
+
+def expand(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Repeats each entry of `blocks` over its block, up to `shape`; a size of 1 is left to broadcast."""
+    for axis, (size, wanted) in enumerate(zip(blocks.shape, shape, strict=True)):
+        if size not in (1, wanted):
+            blocks = jnp.repeat(blocks, wanted // size, axis=axis)
+    return blocks
+
+
+@leaf
+class Quantized(Weight):
+    """W = (codes - zero) * scale.
+
+    codes: signed integers (int8, int4, int2), the dtype is the number of bits.
+    scale: float32, of the codes' rank; each size divides the codes' size on that axis, so 1 means
+        one scale for the axis and n/G means groups of G.
+    zero: the codes that stand for 0, integers of the scale's shape, or None for symmetric codes.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    zero: jax.Array | None = None
+
+    learned: ClassVar[tuple[str, ...]] = ()
+    saving: ClassVar[Saving | None] = "realised"
+
+    def materialize(self) -> jax.Array:
+        return _dequantize(self.codes, self.scale, self.zero)
+
+    def contract(self, spec: str, x: jax.Array) -> jax.Array:
+        """Multiplies codes first and scales after, where no contracted axis carries scales."""
+        _, ws, ys = letters(spec)
+        spans = zip(ws, self.scale.shape, self.codes.shape, strict=True)
+        after = all(s == 1 if c not in ys else s in (1, n) for c, s, n in spans)
+        if self.zero is not None or not after:
+            return contract_dense(spec, x, self.materialize())
+        y = jnp.einsum(
+            spec,
+            x,
+            self.codes.astype(x.dtype),
+            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        )
+        kept = [c for c in ws if c in ys]
+        scale = self.scale.reshape(
+            [n for c, n in zip(ws, self.scale.shape, strict=True) if c in ys]
+        )
+        scale = scale.transpose([kept.index(c) for c in ys if c in kept])
+        sizes = iter(scale.shape)
+        return (y * scale.reshape([next(sizes) if c in kept else 1 for c in ys])).astype(x.dtype)
+
+    def take(self, ids: jax.Array) -> jax.Array:
+        rows = ids // (self.codes.shape[0] // self.scale.shape[0])
+        zero = None if self.zero is None else self.zero[rows]
+        return _dequantize(self.codes[ids], self.scale[rows], zero)
+
+    def named(self, axes: Axes) -> Any:
+        blocks = [n if s > 1 else None for n, s in zip(axes.names, self.scale.shape, strict=True)]
+        spec = PartitionSpec(*blocks)
+        return Quantized(PartitionSpec(*axes.names), spec, None if self.zero is None else spec)
+
+
+def _dequantize(codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
+    values = codes.astype(scale.dtype)
+    if zero is not None:
+        values = values - expand(zero.astype(scale.dtype), codes.shape)
+    return values * expand(scale, codes.shape)
