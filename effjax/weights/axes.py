@@ -1,4 +1,4 @@
-"""What each axis of a weight means: the one source that every transform, sharding and import reads."""
+"""What each axis of a weight means: what transforms, sharding and import read."""
 
 import dataclasses
 from dataclasses import dataclass

@@ -1,5 +1,6 @@
 """Products of two thin factors: a truncated SVD alone, or a low-rank update beside a base."""
 
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -24,7 +25,7 @@ from effjax.weights.weight import (
 
 def factor_product(a: jax.Array, b: jax.Array, num_inputs: int) -> jax.Array:
     """`a b` over the rank, batch axes kept: [*batch *inputs R] x [*batch R *outputs]."""
-    product = lambda left, right: jnp.tensordot(left, right, 1)
+    product = partial(jnp.tensordot, axes=1)
     for _ in range(a.ndim - 1 - num_inputs):
         product = jax.vmap(product)
     return product(a, b)
@@ -82,7 +83,7 @@ class Factored(Weight):
         return jnp.tensordot(take_dense(self.a, ids), self.b, 1)
 
     def named(self, axes: Axes) -> Any:
-        return Factored(*_named_factors(axes), self.num_inputs)
+        return self.replaced(**_named_factors(axes))
 
 
 @leaf
@@ -115,12 +116,12 @@ class LowRank(Weight):
         return take(self.base, ids) + self.scale * delta
 
     def named(self, axes: Axes) -> Any:
-        parts = (*_named_factors(axes), PartitionSpec(*axes.batch))
-        return LowRank(named(self.base, axes), *parts, self.num_inputs)
+        scale = PartitionSpec(*axes.batch)
+        return self.replaced(base=named(self.base, axes), scale=scale, **_named_factors(axes))
 
 
-def _named_factors(axes: Axes) -> tuple[PartitionSpec, PartitionSpec]:
-    return (
-        PartitionSpec(*axes.batch, *axes.inputs, "rank"),
-        PartitionSpec(*axes.batch, "rank", *axes.outputs),
-    )
+def _named_factors(axes: Axes) -> dict[str, PartitionSpec]:
+    return {
+        "a": PartitionSpec(*axes.batch, *axes.inputs, "rank"),
+        "b": PartitionSpec(*axes.batch, "rank", *axes.outputs),
+    }

@@ -11,7 +11,7 @@ from effjax.weights.weight import Saving, Weight, contract_dense, leaf, letters
 
 
 def expand(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Repeats each entry of `blocks` over its block, up to `shape`; a size of 1 is left to broadcast."""
+    """Repeats each entry of `blocks` over its block; a size of 1 is left to broadcast."""
     for axis, (size, wanted) in enumerate(zip(blocks.shape, shape, strict=True)):
         if size not in (1, wanted):
             blocks = jnp.repeat(blocks, wanted // size, axis=axis)
@@ -56,8 +56,8 @@ class Quantized(Weight):
             [n for c, n in zip(ws, self.scale.shape, strict=True) if c in ys]
         )
         scale = scale.transpose([kept.index(c) for c in ys if c in kept])
-        sizes = iter(scale.shape)
-        return (y * scale.reshape([next(sizes) if c in kept else 1 for c in ys])).astype(x.dtype)
+        left = iter(scale.shape)
+        return (y * scale.reshape([next(left) if c in kept else 1 for c in ys])).astype(x.dtype)
 
     def take(self, ids: jax.Array) -> jax.Array:
         rows = ids // (self.codes.shape[0] // self.scale.shape[0])
@@ -67,7 +67,8 @@ class Quantized(Weight):
     def named(self, axes: Axes) -> Any:
         blocks = [n if s > 1 else None for n, s in zip(axes.names, self.scale.shape, strict=True)]
         spec = PartitionSpec(*blocks)
-        return Quantized(PartitionSpec(*axes.names), spec, None if self.zero is None else spec)
+        zero = None if self.zero is None else spec
+        return self.replaced(codes=PartitionSpec(*axes.names), scale=spec, zero=zero)
 
 
 def _dequantize(codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:

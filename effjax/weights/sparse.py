@@ -1,6 +1,5 @@
 """Weights with zeros: a mask over a base, and two kept entries of every four."""
 
-import dataclasses
 from typing import Any, ClassVar
 
 import jax
@@ -30,12 +29,12 @@ class Masked(Weight):
         return jnp.where(self.mask, base, jnp.zeros((), base.dtype))
 
     def named(self, axes: Axes) -> Any:
-        return Masked(named(self.base, axes), PartitionSpec(*axes.names))
+        return self.replaced(base=named(self.base, axes), mask=PartitionSpec(*axes.names))
 
     def project(self) -> "Masked":
         if isinstance(self.base, Weight):
-            return dataclasses.replace(self, base=self.base.project())
-        return dataclasses.replace(self, base=self.materialize())
+            return self.replaced(base=self.base.project())
+        return self.replaced(base=self.materialize())
 
     def ideal(self) -> Any:
         """The kept values beside one bit per entry."""
@@ -75,4 +74,4 @@ class SemiStructured(Weight):
 
     def named(self, axes: Axes) -> Any:
         spec = PartitionSpec(*axes.names)
-        return SemiStructured(spec, spec, self.axis)
+        return self.replaced(values=spec, index=spec)

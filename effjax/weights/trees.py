@@ -111,7 +111,7 @@ def learned_parts(w: AnyWeight) -> Any:
         for name, value in fields.items()
         if isinstance(value, Weight | jax.Array | jax.ShapeDtypeStruct) or hasattr(value, "shape")
     }
-    return dataclasses.replace(w, **marked)  # type: ignore[type-var]
+    return w.replaced(**marked)
 
 
 def combine(trainable: Tree, frozen: Tree) -> Tree:
@@ -123,9 +123,7 @@ def combine(trainable: Tree, frozen: Tree) -> Tree:
 
 def project(params: Tree) -> Tree:
     """Restores every leaf's invariant; a train step ends with it."""
-    return jax.tree.map(
-        lambda w: w.project() if isinstance(w, Weight) else w, params, is_leaf=is_weight
-    )
+    return _map_leaves(lambda w: w.project(), params)
 
 
 def named_axes(params: Tree, axes: Tree) -> Tree:
@@ -135,6 +133,8 @@ def named_axes(params: Tree, axes: Tree) -> Tree:
 
 def ideal(params: Tree) -> Tree:
     """What formats made for each leaf would store (see `Weight.ideal`)."""
-    return jax.tree.map(
-        lambda w: w.ideal() if isinstance(w, Weight) else w, params, is_leaf=is_weight
-    )
+    return _map_leaves(lambda w: w.ideal(), params)
+
+
+def _map_leaves(f: Callable[[Weight], Any], params: Tree) -> Tree:
+    return jax.tree.map(lambda w: f(w) if isinstance(w, Weight) else w, params, is_leaf=is_weight)

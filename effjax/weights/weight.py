@@ -1,8 +1,9 @@
 """The protocol of a weight leaf, and the one door through which activations meet weights."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,10 @@ class Weight:
         """The same leaf with a `PartitionSpec` of logical axis names in place of each array."""
         raise NotImplementedError(f"{type(self).__name__} does not name its parts")
 
+    def replaced(self, **parts: Any) -> Self:
+        """The same leaf with other contents for some parts: arrays, specs, shapes or `None`."""
+        return dataclasses.replace(self, **parts)  # type: ignore[type-var]
+
     def project(self) -> "Weight":
         """The same leaf with its invariant restored, after an optimiser's step."""
         return self
@@ -77,7 +82,11 @@ class Weight:
 AnyWeight: TypeAlias = jax.Array | Weight
 
 
-def leaf(cls: type) -> type:
+T = TypeVar("T")
+
+
+@dataclass_transform(eq_default=False, frozen_default=True)
+def leaf(cls: type[T]) -> type[T]:
     """Makes a class of array fields a frozen, registered weight leaf (identity equality)."""
     return jax.tree_util.register_dataclass(dataclass(frozen=True, eq=False)(cls))
 
