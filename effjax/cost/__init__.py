@@ -1,0 +1,1 @@
+"""What a computation costs: FLOPs from its jaxpr, bytes, memory, time, energy, carbon."""
