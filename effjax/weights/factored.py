@@ -1,5 +1,6 @@
 """Products of two thin factors: a truncated SVD alone, or a low-rank update beside a base."""
 
+from dataclasses import field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -68,7 +69,7 @@ class Factored(Weight):
 
     a: jax.Array
     b: jax.Array
-    num_inputs: int = 1
+    num_inputs: int = field(default=1, metadata={"static": True})
 
     learned: ClassVar[tuple[str, ...]] = ("a", "b")
     saving: ClassVar[Saving | None] = "realised"
@@ -97,7 +98,7 @@ class LowRank(Weight):
     a: jax.Array
     b: jax.Array
     scale: jax.Array
-    num_inputs: int = 1
+    num_inputs: int = field(default=1, metadata={"static": True})
 
     learned: ClassVar[tuple[str, ...]] = ("a", "b")
 

@@ -1,5 +1,6 @@
 """Weights with zeros: a mask over a base, and two kept entries of every four."""
 
+from dataclasses import field
 from typing import Any, ClassVar
 
 import jax
@@ -57,7 +58,7 @@ class SemiStructured(Weight):
 
     values: jax.Array
     index: jax.Array
-    axis: int = -1
+    axis: int = field(default=-1, metadata={"static": True})
 
     learned: ClassVar[tuple[str, ...]] = ("values",)
     saving: ClassVar[Saving | None] = "realised"
