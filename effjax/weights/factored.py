@@ -114,7 +114,8 @@ class LowRank(Weight):
 
     def take(self, ids: jax.Array) -> jax.Array:
         delta = jnp.tensordot(take_dense(self.a, ids), self.b, 1)
-        return take(self.base, ids) + self.scale * delta
+        rows = take(self.base, ids)
+        return (rows + self.scale * delta).astype(rows.dtype)
 
     def named(self, axes: Axes) -> Any:
         scale = PartitionSpec(*axes.batch)

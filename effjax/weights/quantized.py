@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from effjax.weights.axes import Axes
-from effjax.weights.weight import Saving, Weight, contract_dense, leaf, letters
+from effjax.weights.weight import Saving, Weight, contract_dense, leaf, letters, take_dense
 
 
 def expand(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -62,7 +62,8 @@ class Quantized(Weight):
     def take(self, ids: jax.Array) -> jax.Array:
         rows = ids // (self.codes.shape[0] // self.scale.shape[0])
         zero = None if self.zero is None else self.zero[rows]
-        return _dequantize(self.codes[ids], self.scale[rows], zero)
+        # Integer codes have no NaN: the scale carries it for an id past the end.
+        return _dequantize(self.codes[ids], take_dense(self.scale, rows), zero)
 
     def named(self, axes: Axes) -> Any:
         blocks = [n if s > 1 else None for n, s in zip(axes.names, self.scale.shape, strict=True)]
