@@ -122,25 +122,35 @@ def lu(equation: Equation) -> int:
     return round(_complex(equation) * math.prod(batch) * work)
 
 
-def qr(equation: Equation) -> int:
-    """Counts the Householder reduction of an m x n matrix: 2 n^2 (m - n/3) where m >= n.
-
-    Source: Golub and Van Loan, Matrix Computations, 4th edition, section 5.2.2.
-    """
+def reflectors(equation: Equation) -> int:
+    """Counts the Householder reduction of an m x n matrix to triangular form."""
     *batch, m, n = equation.invars[0].aval.shape
-    work = 2 * n**2 * (m - n / 3) if m >= n else 2 * m**2 * (n - m / 3)
-    return round(_complex(equation) * math.prod(batch) * work)
+    return round(_complex(equation) * math.prod(batch) * _reduction(m, n))
 
 
 def householder_product(equation: Equation) -> int:
-    """Counts the first n columns of Q from k reflectors: 4 m n k - 2 (m + n) k^2 + 4 k^3 / 3.
-
-    Source: LAPACK Working Note 41, appendix C.
-    """
+    """Counts the first columns of Q that its k reflectors give."""
     *batch, m, n = equation.invars[0].aval.shape
     k = equation.invars[1].aval.shape[-1]
-    work = 4 * m * n * k - 2 * (m + n) * k**2 + 4 * k**3 / 3
+    return round(_complex(equation) * math.prod(batch) * _columns(m, n, k))
+
+
+def qr(equation: Equation) -> int:
+    """Counts a QR decomposition: the reduction to R, then the columns of Q."""
+    *batch, m, n = equation.invars[0].aval.shape
+    wide = m if equation.params["full_matrices"] else min(m, n)
+    work = _reduction(m, n) + _columns(m, wide, min(m, n))
     return round(_complex(equation) * math.prod(batch) * work)
+
+
+def _reduction(m: int, n: int) -> float:
+    """2 n^2 (m - n/3) for m >= n. Source: Golub and Van Loan, Matrix Computations, section 5.2."""
+    return 2 * n**2 * (m - n / 3) if m >= n else 2 * m**2 * (n - m / 3)
+
+
+def _columns(m: int, n: int, k: int) -> float:
+    """4 m n k - 2 (m + n) k^2 + 4 k^3 / 3. Source: LAPACK Working Note 41, appendix C."""
+    return 4 * m * n * k - 2 * (m + n) * k**2 + 4 * k**3 / 3
 
 
 MATRIX: dict[str, Callable[[Equation], int]] = {
@@ -152,8 +162,9 @@ MATRIX: dict[str, Callable[[Equation], int]] = {
     "cholesky": cholesky,
     "triangular_solve": triangular_solve,
     "lu": lu,
-    "geqrf": qr,
-    "geqp3": qr,
+    "qr": qr,
+    "geqrf": reflectors,
+    "geqp3": reflectors,
     "householder_product": householder_product,
 }
 
