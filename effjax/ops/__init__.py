@@ -1,0 +1,1 @@
+"""Pure functions of arrays: sequence mixing, positions, routing, feed-forward; naive beside fast."""

@@ -1,0 +1,1 @@
+"""Soft-max attention: patterns, one blockwise engine, its naive form and what it costs."""

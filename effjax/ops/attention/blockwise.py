@@ -1,0 +1,143 @@
+"""Soft-max attention block by block: work follows the listed blocks, memory is linear in T.
+
+n query blocks of c columns, m key blocks of d rows. Scores are kept transposed, [B K d c]: then
+every product contracts the last axis of its left operand, which is the fast form on a CPU, and the
+soft-max's reductions run down columns. The batch and head axes stay apart, so that either can be
+sharded.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from effjax.ops.attention import bias as biases
+from effjax.ops.attention.bias import Bias
+from effjax.ops.attention.layout import (
+    clear,
+    dot,
+    from_blocks,
+    over,
+    row,
+    set_row,
+    to_blocks,
+    wide,
+)
+from effjax.ops.attention.plan import Plan, pairs
+from effjax.ops.attention.scores import Marks, score_blocks
+from effjax.ops.attention.single import single_query_attention
+
+State = tuple[Any, ...]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def blockwise_attention(
+    plan: Plan,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    marks: Marks,
+    bias: Bias | None,
+) -> Float[Array, "B T N H"]:
+    """Attention over the plan's blocks by an online soft-max; zero where a row reads nothing.
+
+    For the blocks s of a query's scores in turn, from o = l = 0 and m = the least finite number:
+
+        m' = max(m, max s);   f = exp(m - m');   p = exp(s - m')
+        l' = f l + sum p;     o' = f o + p V;    y = o / l at the end
+
+    One query without a gradient takes one product instead. Source: Dao et al. 2022, FlashAttention,
+    algorithms 1 and 4, https://arxiv.org/abs/2205.14135; Rabe and Staats 2021,
+    https://arxiv.org/abs/2112.05682. We save m and l, not m + log l, so that the backward pass is
+    exact at scores of 1e4.
+    """
+    if plan.T == 1:
+        return single_query_attention(plan, q, k, v, marks, bias)
+    return _forward(plan, q, k, v, marks, bias)[0]
+
+
+def _forward(
+    plan: Plan, q: Array, k: Array, v: Array, marks: Marks, bias: Bias | None
+) -> tuple[Array, Array, Array]:
+    scores = score_blocks(plan, q, k, marks, bias)
+    v = clear(v, marks.k_live)
+    vT = to_blocks(v, plan.k_count, plan.k_size, v.shape[2]).swapaxes(-1, -2)
+    n, B, K, c, H = scores.q.shape
+
+    def step(masked: bool, state: State, pair: Any) -> State:
+        i, j = pair
+        o, m, l = (row(x, i) for x in state)
+        s = scores(i, j, masked)
+        m_new = jnp.maximum(m, s.max(axis=-2))
+        p, f = jnp.exp(s - m_new[..., None, :]), jnp.exp(m - m_new)
+        o = o * f[..., None, :] + dot("bkhd,bkdc->bkhc", row(vT, j), p.astype(v.dtype))
+        new = o, m_new, f * l + p.sum(axis=-2)
+        return tuple(set_row(x, y, i) for x, y in zip(state, new, strict=True))
+
+    dtype = wide(q)
+    state: State = (
+        jnp.zeros((n, B, K, H, c), dtype),
+        jnp.full((n, B, K, c), jnp.finfo(dtype).min, dtype),
+        jnp.zeros((n, B, K, c), dtype),
+    )
+    o, m, l = _all_pairs(plan, step, state)
+    l = jnp.where(l > 0, l, 1)
+    return from_blocks(o / l[..., None, :], plan.T, q.shape[2]).astype(q.dtype), m, l
+
+
+def _save(
+    plan: Plan, q: Array, k: Array, v: Array, marks: Marks, bias: Bias | None
+) -> tuple[Array, State]:
+    y, m, l = _forward(plan, q, k, v, marks, bias)
+    return y, (q, k, v, marks, bias, y, m, l)
+
+
+def _backward(plan: Plan, saved: State, dy: Array) -> State:
+    """Recomputes each block's weights from m and l, and sums its products.
+
+    With `e = dy / l` and `p = exp(s - m)`: `dV = p e`; the scores' cotangent is
+    `g = p (V e - sum(y e))`, and `dQ = scale g K`, `dK = scale g Q`.
+    """
+    q, k, v, marks, bias, y, m, l = saved
+    N, K, dtype = q.shape[2], k.shape[2], wide(q)
+    scores = score_blocks(plan, q, k, marks, bias)
+    kT = scores.k.swapaxes(-1, -2)
+    v_blocks = to_blocks(clear(v, marks.k_live), plan.k_count, plan.k_size, K)
+    y, dy = (
+        to_blocks(x, plan.q_count, plan.q_size, K).astype(dtype)
+        for x in (y, clear(dy, marks.q_live))
+    )
+    e = dy / l[..., None]
+    mean = (y * e).sum(axis=-1)
+    e = e.astype(q.dtype)
+
+    def step(masked: bool, state: State, pair: Any) -> State:
+        i, j = pair
+        dqT, dk, dv, dbias = state
+        p = jnp.exp(scores(i, j, masked) - row(m, i)[..., None, :])
+        g = dot("bkdh,bkch->bkdc", row(v_blocks, j), row(e, i)) - row(mean, i)[..., None, :]
+        g = p * g
+        parts = biases.pull(bias, scores.places(i, j), g)
+        p, g = p.astype(q.dtype), g.astype(q.dtype)
+        dqT = set_row(dqT, row(dqT, i) + dot("bkhd,bkdc->bkhc", row(kT, j), g), i)
+        dk = set_row(dk, row(dk, j) + dot("bkdc,bkch->bkdh", g, row(scores.q, i)), j)
+        dv = set_row(dv, row(dv, j) + dot("bkdc,bkch->bkdh", p, row(e, i)), j)
+        return dqT, dk, dv, [x + part for x, part in zip(dbias, parts, strict=True)]
+
+    dqT = jnp.zeros_like(scores.q.swapaxes(-1, -2), dtype)
+    dk = dv = jnp.zeros_like(scores.k, dtype)
+    dqT, dk, dv, dbias = _all_pairs(plan, step, (dqT, dk, dv, biases.zeros(bias)))
+    dq = from_blocks(dqT * plan.scale, plan.T, N).astype(q.dtype)
+    dk = from_blocks(dk.swapaxes(-1, -2) * plan.scale, plan.S, K).astype(k.dtype)
+    dv = from_blocks(dv.swapaxes(-1, -2), plan.S, K).astype(v.dtype)
+    return dq, dk, dv, None, biases.cotangent(bias, dbias)
+
+
+def _all_pairs(plan: Plan, step: Any, state: State) -> State:
+    whole, masked = pairs(plan)
+    return over(masked, partial(step, True), over(whole, partial(step, False), state))
+
+
+blockwise_attention.defvjp(_save, _backward)

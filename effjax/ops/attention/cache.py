@@ -1,0 +1,141 @@
+"""The key-value cache: slots that are written, rolled over and read, for any pattern."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from effjax.ops.attention.engine import attention
+from effjax.ops.attention.patterns import Pattern
+
+DIRECT_QUERIES = 16
+"""Pieces of up to this many queries form their scores at once; longer ones go through the engine."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of the last `capacity` live tokens of each row.
+
+    k, v: [B K S H], heads before slots, so that a decoding step reads each head's slots in a row.
+    positions, segments: int32 [B S] of what stands in each slot, -1 where nothing does.
+    count: int32 [B], live tokens seen so far. The next token's slot is `count % S`: a slot follows
+        from the number of tokens, not from positions, which restart with each packed document.
+    piece: static, the longest piece that may be written at once.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+    count: jax.Array
+    piece: int = field(metadata={"static": True})
+
+
+def empty_cache(
+    batch: int, heads: int, capacity: int, head_dim: int, piece: int, dtype: jnp.dtype
+) -> Cache:
+    """A cache that holds nothing.
+
+    Source: the layout is ours; a window's capacity of `width + piece - 1` is the least that lets a
+    piece be written before it is read.
+    """
+    slots = jnp.zeros((batch, heads, capacity, head_dim), dtype)
+    unused = jnp.full((batch, capacity), -1, jnp.int32)
+    return Cache(slots, slots, unused, unused, jnp.zeros((batch,), jnp.int32), piece)
+
+
+def write_cache(
+    cache: Cache,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+) -> Cache:
+    """Puts the live tokens of a piece into the next slots of each row; padding is not written.
+
+    Raises ValueError when the piece is longer than the cache was made for.
+
+    Source: rolling buffer as in Jiang et al. 2023, Mistral 7B, section 2,
+    https://arxiv.org/abs/2310.06825; ours counts live tokens instead of positions.
+    """
+    if k.shape[1] > cache.piece:
+        raise ValueError(f"a piece may have at most {cache.piece} tokens, got {k.shape[1]}")
+    capacity = cache.positions.shape[1]
+    live = positions >= 0
+    number = cache.count[:, None] + jnp.cumsum(live, axis=1) - 1
+    count = cache.count + live.sum(axis=1)
+    lasting = live & (number >= count[:, None] - capacity)
+    slot = jnp.where(lasting, number % capacity, capacity)  # past the end: dropped by the scatter
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        write = jax.vmap(lambda row, at, update: row.at[at].set(update, mode="drop"))
+        return write(old, slot, new.astype(old.dtype))
+
+    def put_heads(old: jax.Array, new: jax.Array) -> jax.Array:
+        write = jax.vmap(lambda row, at, update: row.at[:, at].set(update, mode="drop"))
+        return write(old, slot, new.swapaxes(1, 2).astype(old.dtype))
+
+    return Cache(
+        put_heads(cache.k, k),
+        put_heads(cache.v, v),
+        put(cache.positions, positions),
+        put(cache.segments, segments),
+        count.astype(jnp.int32),
+        cache.piece,
+    )
+
+
+def read_cache(
+    cache: Cache,
+    q: Float[Array, "B T N H"],
+    *,
+    pattern: Pattern,
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+) -> Float[Array, "B T N H"]:
+    """Attends from a piece that has been written to all that the cache holds.
+
+    Slots stand in no order of position, so every slot is a candidate and the pattern decides.
+
+    Source: as `naive_attention`; Vaswani et al. 2017, section 3.2.1,
+    https://arxiv.org/abs/1706.03762
+    """
+    if q.shape[1] > DIRECT_QUERIES:
+        return attention(
+            q,
+            cache.k.swapaxes(1, 2).astype(q.dtype),
+            cache.v.swapaxes(1, 2).astype(q.dtype),
+            pattern=pattern,
+            q_positions=positions,
+            k_positions=cache.positions,
+            q_segments=segments,
+            k_segments=cache.segments,
+        )
+    return _read_directly(cache, q, pattern, positions, segments)
+
+
+def _read_directly(
+    cache: Cache, q: jax.Array, pattern: Pattern, positions: jax.Array, segments: jax.Array
+) -> jax.Array:
+    B, T, N, H = q.shape
+    K, S = cache.k.shape[1:3]
+    float32 = jnp.promote_types(q.dtype, jnp.float32)
+    head = jnp.arange(N)[None, :, None, None]
+    q_pos, k_pos = positions[:, None, :, None], cache.positions[:, None, None, :]
+    reads = pattern.allowed(q_pos, k_pos, head) & (q_pos >= 0) & (k_pos >= 0)
+    reads &= segments[:, None, :, None] == cache.segments[:, None, None, :]
+
+    live = (positions >= 0)[:, :, None, None]
+    q = jnp.where(live, q, 0).astype(cache.k.dtype).swapaxes(1, 2).reshape(B, K, N // K * T, H)
+    scores = jnp.einsum("bkqh,bksh->bkqs", q, cache.k, preferred_element_type=float32)
+    reads = jnp.broadcast_to(reads, (B, N, T, S)).reshape(scores.shape)
+    scores = jnp.where(reads, scores * H**-0.5, -jnp.inf)
+    highest = scores.max(axis=-1, keepdims=True)
+    weights = jnp.where(reads, jnp.exp(scores - jnp.where(highest > -jnp.inf, highest, 0)), 0)
+    total = weights.sum(axis=-1, keepdims=True)
+    y = jnp.einsum(
+        "bkqs,bksh->bkqh", weights.astype(cache.v.dtype), cache.v, preferred_element_type=float32
+    ) / jnp.where(total > 0, total, 1)
+    return y.reshape(B, N, T, H).swapaxes(1, 2).astype(q.dtype)

@@ -1,0 +1,102 @@
+"""Which blocks of the score matrix are computed: decided from shapes and promises, before tracing.
+
+A plan never reads positions: what it cannot know is computed and masked.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from effjax.ops.attention.patterns import Pattern, block_edges
+
+Pairs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The static half of an attention: pattern, sizes, and what the caller promises of positions.
+
+    One plan serves one group of heads: those that share a map of blocks.
+
+    `aligned`: position = index in every row, one segment, no padding.
+    `ordered`: the keys are the queries' own row; within a segment positions ascend by one from a
+    live token to the next; padding may stand anywhere.
+    Neither: keys may stand in any order (a cache whose slots are reused).
+    """
+
+    pattern: Pattern
+    T: int
+    S: int
+    block: int
+    aligned: bool = False
+    ordered: bool = False
+    scale: float = 1.0
+    group: int = 0
+
+    @property
+    def q_size(self) -> int:
+        """Queries in a block."""
+        return min(self.block, self.T)
+
+    @property
+    def k_size(self) -> int:
+        """Keys in a block."""
+        return min(self.block, self.S)
+
+    @property
+    def q_count(self) -> int:
+        """Query blocks, the last one padded."""
+        return -(-self.T // self.block)
+
+    @property
+    def k_count(self) -> int:
+        """Key blocks, the last one padded."""
+        return -(-self.S // self.block)
+
+
+@cache
+def live(plan: Plan) -> np.ndarray:
+    """The blocks that are computed: bool [head_groups q_count k_count]."""
+    if plan.aligned or (plan.ordered and plan.pattern.relative):
+        return plan.pattern.blocks(plan.T, plan.S, plan.block)
+    return _reachable(plan)[None]
+
+
+@cache
+def compacts(plan: Plan) -> bool:
+    """Whether padding has to be moved to the row's end before the blocks are laid.
+
+    Padding between two tokens of a document makes their distance in indices exceed that in
+    positions, so a relative map may miss an allowed pair; a map that only asks for order cannot.
+    """
+    return not plan.aligned and not np.all(live(plan) >= _reachable(plan))
+
+
+@cache
+def pairs(plan: Plan) -> tuple[Pairs, Pairs]:
+    """The (query block, key block) pairs of the plan's heads: those without and with a mask.
+
+    A lone pair without a mask joins the others: XLA unrolls a loop of one, and then folds the
+    transposed operands, copied before the loop for the sake of fast products, back into them.
+    """
+    blocks = live(plan)[plan.group]
+    whole = np.zeros_like(blocks)
+    if plan.aligned:
+        whole = blocks & plan.pattern.whole(plan.T, plan.S, plan.block)[plan.group]
+        whole[:, -1] &= plan.S % plan.k_size == 0  # else the last keys are padding
+    if whole.sum() < 2:
+        whole = np.zeros_like(blocks)
+    return _listed(whole), _listed(blocks & ~whole)
+
+
+def _reachable(plan: Plan) -> np.ndarray:
+    """The blocks that any positions within the promises may need: bool [q_count k_count]."""
+    _, q_last, k_first, _ = block_edges(plan.T, plan.S, plan.block)
+    if plan.pattern.causal and (plan.aligned or plan.ordered):
+        return k_first <= q_last
+    return np.ones((plan.q_count, plan.k_count), bool)
+
+
+def _listed(blocks: np.ndarray) -> Pairs:
+    return tuple((int(i), int(j)) for i, j in np.argwhere(blocks))

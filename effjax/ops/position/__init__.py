@@ -1,0 +1,1 @@
+"""How a token's position enters the computation."""
