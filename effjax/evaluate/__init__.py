@@ -1,0 +1,1 @@
+"""What a method is worth: bits per byte, the record of a row, Pareto fronts, and the report."""

@@ -1,0 +1,1 @@
+"""What to run: budgets that make rows comparable, and the choice among them."""
