@@ -1,0 +1,1 @@
+"""Generation, sampling and what decoding keeps in memory."""

@@ -1,0 +1,23 @@
+"""Flax modules and the border to pure functions; the only room that imports Flax."""
+
+from effjax.models.configs import (
+    AttentionConfig,
+    DecoderConfig,
+    RetentionConfig,
+    StateSpaceConfig,
+    SwitchConfig,
+    WindowConfig,
+)
+from effjax.models.decoder import decoder
+from effjax.models.functional import functional
+
+__all__ = [
+    "AttentionConfig",
+    "DecoderConfig",
+    "RetentionConfig",
+    "StateSpaceConfig",
+    "SwitchConfig",
+    "WindowConfig",
+    "decoder",
+    "functional",
+]

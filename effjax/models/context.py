@@ -1,0 +1,47 @@
+"""What a layer knows beside its activations."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """Positions, documents, memory and randomness of one call, shared by all layers.
+
+    positions: int32 [B T]; -1 is padding, which is never written or read.
+    segments: int32 [B T]; tokens meet only within one segment (packed documents).
+    memory: what cross-attention and retrieval read, or None.
+    key: None is evaluation, a key is training; each layer and block has its own.
+    aligned: static; position equals index and all of a row is one segment, so a map of live
+        blocks may be read off the indices.
+    """
+
+    positions: jax.Array
+    segments: jax.Array
+    memory: Any = None
+    key: jax.Array | None = None
+    aligned: bool = field(default=False, metadata={"static": True})
+
+    def for_layer(self, key: jax.Array | None) -> "Context":
+        """The same context with a layer's own key."""
+        return Context(self.positions, self.segments, self.memory, key, self.aligned)
+
+
+def fold(key: jax.Array | None, index: int | jax.Array) -> jax.Array | None:
+    """`fold_in` that keeps None, so that evaluation needs no key anywhere."""
+    return None if key is None else jax.random.fold_in(key, index)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Inverted dropout: zero with probability `rate`, else x / (1 - rate); identity without a key.
+
+    Source: Srivastava et al. 2014, "Dropout", https://jmlr.org/papers/v15/srivastava14a.html; the
+    scaling is moved from evaluation to training, as is usual.
+    """
+    if key is None or rate == 0.0:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jax.numpy.where(kept, x / (1 - rate), jax.numpy.zeros((), x.dtype))

@@ -1,0 +1,84 @@
+"""The decoder: an embedding, a stack of blocks, a norm and the logits of the next token."""
+
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from effjax.models.configs import DecoderConfig
+from effjax.models.context import Context, fold
+from effjax.models.functional import Functional, functional
+from effjax.models.layers import Dense, Embed, Norm
+from effjax.models.stack import Remat, Stack
+from effjax.weights import Tree
+
+
+class Decoder(nnx.Module):
+    """A language model over any pattern of mixers; the config says how to build it, no more."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.dtype = jnp.dtype(config.dtype)
+        self.embed = Embed(config.vocab, config.width, rngs)
+        self.stack = Stack(config, rngs)
+        self.norm = Norm(config.width)
+        self.head = None
+        if not config.tied:
+            width, vocab = (("embed", config.width),), (("vocab", config.vocab),)
+            self.head = Dense("btd,dv->btv", width, vocab, rngs)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        memory: Any = None,
+        state: Tree = None,
+        key: jax.Array | None = None,
+        remat: Remat | None = None,
+    ) -> tuple[jax.Array, Tree, Tree]:
+        """Logits [B T V] in the compute dtype, the new state, and `aux`.
+
+        tokens: int32 [B T]. positions (-1 = padding) and segments default to one document a row
+        that starts at 0, which is also the only case where position may be read off the index.
+        state: from `init_state`; then each call continues where the last one ended.
+        aux: `{"stack": {run: {block: {"hidden": [layers B T D], ...}}}}`; unused it costs nothing
+        under jit.
+        """
+        if state is not None and positions is None:
+            raise ValueError("a call with a state continues a text and needs positions")
+        aligned = positions is None and segments is None
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        if segments is None:
+            segments = jnp.zeros_like(tokens)
+        context = Context(positions, segments, memory, fold(key, 0), aligned)
+        x = self.embed(tokens, self.dtype)
+        x, state, aux = self.stack(x, context, state, remat=remat)
+        x = self.norm(x)
+        logits = self.embed.attend(x) if self.head is None else self.head(x)
+        return logits, state, {"stack": aux}
+
+    def init_state(
+        self,
+        batch: int,
+        max_length: int,
+        piece: int | None = None,
+        dtype: Any = None,
+        memory: Any = None,
+    ) -> Tree:
+        """The empty state for rows of up to `max_length` tokens fed in pieces of up to `piece`.
+
+        dtype: of caches (recurrent states are float32); by default the compute dtype.
+        """
+        return self.stack.init_state(
+            batch, max_length, piece or max_length, dtype or self.dtype, memory
+        )
+
+
+@lru_cache(maxsize=64)
+def decoder(config: DecoderConfig) -> Functional:
+    """`(init, apply, axes_of)` of a decoder: the same functions for the same config."""
+    return functional(lambda rngs: Decoder(config, rngs))

@@ -1,0 +1,20 @@
+"""The plain two-layer network of a transformer block."""
+
+import jax
+from flax import nnx
+
+from effjax.models.configs import DecoderConfig
+from effjax.models.context import Context
+from effjax.models.layers import Dense
+
+
+class DenseFeedForward(nnx.Module):
+    """down(gelu(up(x))), with GELU in its tanh form."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        width, hidden = (("embed", config.width),), (("mlp", config.hidden),)
+        self.up = Dense("btd,df->btf", width, hidden, rngs)
+        self.down = Dense("btf,fd->btd", hidden, width, rngs, gain=config.residual_gain)
+
+    def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, dict]:
+        return self.down(jax.nn.gelu(self.up(x))), {}

@@ -1,0 +1,92 @@
+"""From a Flax module to pure functions of a plain dict: the border that Flax does not cross."""
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from effjax.weights import Axes, Tree
+
+Path = tuple[Any, ...]
+
+
+class Functional(NamedTuple):
+    """What `functional` returns; it unpacks as `init, apply, axes_of`."""
+
+    init: Callable[[jax.Array], Tree]
+    apply: Callable[..., Any]
+    axes_of: Callable[[Tree], Tree]
+
+
+def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
+    """Turns `build(rngs) -> module` into `(init, apply, axes_of)` over plain nested dicts.
+
+    init(key): the parameters. Works under `jit`, `vmap` and `jax.eval_shape`, so that the shapes
+        of a model too big for the machine cost nothing.
+    apply(params, *args, method="__call__", **kwargs): calls the module with `params` in place.
+        Any leaf or subtree may sit where a Param was declared: values go back path by path.
+    axes_of(params): a dict of the params' shape with the `Axes` of every weight.
+
+    Call it once per model: each call makes new functions, and so a new jit cache.
+    Raises TypeError for a module that holds variables other than `nnx.Param` (dropout counters,
+    batch statistics): state goes through arguments here.
+    """
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    declared = list(nnx.to_flat_state(abstract))
+    _refuse_other_variables(declared)
+
+    def init(key: jax.Array) -> Tree:
+        flat = nnx.to_flat_state(nnx.state(build(nnx.Rngs(key))))
+        return _nest([(path, variable.get_value()) for path, variable in flat])
+
+    def apply(params: Tree, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+        flat = [(path, variable.replace(_at(params, path))) for path, variable in declared]
+        module = nnx.merge(graph, nnx.from_flat_state(flat))
+        return getattr(module, method)(*args, **kwargs)
+
+    def axes_of(params: Tree) -> Tree:
+        flat = [(path, _axes(variable, _at(params, path))) for path, variable in declared]
+        return _nest(flat)
+
+    return Functional(init, apply, axes_of)
+
+
+class Constant(nnx.Param):
+    """An array that is pruned, sharded and saved with its axis but never trained (a decay)."""
+
+
+class RunsAxes(tuple):
+    """The axes of one unit of a stack, as (path, Axes) pairs: metadata must be hashable."""
+
+
+def _axes(variable: Any, value: Tree) -> Any:
+    axes = variable.get_metadata()["axes"]
+    if isinstance(axes, RunsAxes):
+        return {run: _nest(axes) for run in value}
+    if isinstance(variable, Constant):
+        return Axes(axes.inputs, axes.outputs, axes.batch, axes.lookup, constant=True)
+    return axes
+
+
+def _refuse_other_variables(declared: list[tuple[Path, Any]]) -> None:
+    others = {"/".join(map(str, p)): type(v).__name__ for p, v in declared if not _is_param(v)}
+    if others:
+        raise TypeError(f"functional() takes modules whose variables are nnx.Param, got {others}")
+
+
+def _is_param(variable: Any) -> bool:
+    return isinstance(variable, nnx.Param)
+
+
+def _nest(flat: Any) -> Tree:
+    tree: dict[str, Any] = {}
+    for path, value in flat:
+        *parents, name = map(str, path)
+        reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[name] = value
+    return tree
+
+
+def _at(tree: Tree, path: Path) -> Any:
+    return reduce(lambda node, key: node[str(key)], path, tree)

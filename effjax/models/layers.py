@@ -1,0 +1,108 @@
+"""The four layers that own weights: Dense, Embed, Norm and Experts, each behind the door.
+
+Stock Flax layers reject weight leaves, so these are ours; a layer declares its weight's axes once.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from effjax.ops.normalization import rms_norm
+from effjax.weights import Axes, einsum, take
+
+Sizes = Sequence[tuple[str, int]]
+"""Named sizes of consecutive axes: `(("heads", 4), ("head", 64))`."""
+
+
+def _names(sizes: Sizes) -> tuple[str, ...]:
+    return tuple(name for name, _ in sizes)
+
+
+class Dense(nnx.Module):
+    """y = einsum(spec, x, kernel); the kernel is stored [*batch *inputs *outputs].
+
+    Initialised truncated-normal with variance `gain^2 / (product of the inputs)`.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        inputs: Sizes,
+        outputs: Sizes,
+        rngs: nnx.Rngs,
+        *,
+        batch: Sizes = (),
+        gain: float = 1.0,
+    ):
+        fan_in = math.prod(size for _, size in inputs)
+        # A normal cut at two standard deviations keeps 0.8796 of its spread.
+        spread = gain / (0.87962566 * math.sqrt(fan_in))
+        shape = [size for _, size in (*batch, *inputs, *outputs)]
+        self.spec = spec
+        self.kernel = nnx.Param(
+            spread * jax.random.truncated_normal(rngs(), -2, 2, shape),
+            axes=Axes(_names(inputs), _names(outputs), _names(batch)),
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return einsum(self.spec, x, self.kernel.get_value())
+
+
+class Embed(nnx.Module):
+    """Rows of a table on the way in; the same table transposed as logits on the way out."""
+
+    def __init__(self, vocab: int, width: int, rngs: nnx.Rngs, *, spread: float = 0.02):
+        self.weight = nnx.Param(
+            spread * jax.random.normal(rngs(), (vocab, width)),
+            axes=Axes(("vocab",), ("embed",), lookup=True),
+        )
+
+    def __call__(self, ids: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+        return take(self.weight.get_value(), ids).astype(dtype)
+
+    def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits by the tied table: einsum("btd,vd->btv")."""
+        return einsum("btd,vd->btv", x, self.weight.get_value())
+
+
+class Norm(nnx.Module):
+    """Root-mean-square norm with a learned scale (see `effjax.ops.normalization.rms_norm`)."""
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width), axes=Axes((), ("embed",)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.scale.get_value())
+
+
+class Experts(nnx.Module):
+    """A feed-forward network per expert: weights [E D F] and [E F D], one einsum for all."""
+
+    def __init__(self, experts: int, width: int, hidden: int, rngs: nnx.Rngs, *, gain: float):
+        one, inner, each = (("embed", width),), (("mlp", hidden),), (("experts", experts),)
+        self.up = Dense("becd,edf->becf", one, inner, rngs, batch=each)
+        self.down = Dense("becf,efd->becd", inner, one, rngs, batch=each, gain=gain)
+
+    def __call__(self, x: Float[Array, "B E C D"]) -> Float[Array, "B E C D"]:
+        return self.down(jax.nn.gelu(self.up(x)))
+
+    def one(self, expert: jax.Array, rows: Float[Array, "R D"]) -> Float[Array, "R D"]:
+        """The network of one expert, chosen by a traced index, on any number of rows."""
+        up, down = (
+            jax.tree.map(
+                lambda part: jax.lax.dynamic_index_in_dim(part, expert, keepdims=False),
+                layer.kernel.get_value(),
+            )
+            for layer in (self.up, self.down)
+        )
+        return einsum("rf,fd->rd", jax.nn.gelu(einsum("rd,df->rf", rows, up)), down)
+
+
+def merge_heads(x: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+    """Joins heads into one width, in the order that an output projection's rows have."""
+    return rearrange(x, "b t n h -> b t (n h)")

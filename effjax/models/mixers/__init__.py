@@ -1,0 +1,22 @@
+"""Sequence mixers by the name a config's pattern gives them: one protocol for training, prefill
+and decoding.
+
+    mixer(x: [B T D], context, state=None) -> (y, state, aux)
+    mixer.init_state(batch, max_length, piece, dtype, memory=None) -> state
+
+A mixer declares `causality` ("exact": later inputs change nothing at all; "fft": up to rounding;
+"none") and whether it `decodes`. The laws iterate over `MIXERS`: entering a mixer here tests it.
+"""
+
+from effjax.models.mixers.attention import Attention, WindowAttention
+from effjax.models.mixers.retention import Retention
+from effjax.models.mixers.state_space import StateSpace
+
+MIXERS = {
+    "attention": Attention,
+    "retention": Retention,
+    "state_space": StateSpace,
+    "window": WindowAttention,
+}
+
+__all__ = ["MIXERS", "Attention", "Retention", "StateSpace", "WindowAttention"]

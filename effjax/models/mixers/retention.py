@@ -1,0 +1,70 @@
+"""Retention: attention's parallel training with a recurrence's constant state."""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from effjax.models.configs import DecoderConfig
+from effjax.models.context import Context
+from effjax.models.functional import Constant
+from effjax.models.layers import Dense
+from effjax.ops.normalization import rms_norm
+from effjax.ops.position.rope import rope
+from effjax.ops.recurrence.retention import retention, retention_state
+from effjax.weights import Axes, Tree
+
+
+class Retention(nnx.Module):
+    """Multi-scale retention: o(swish(gate(x)) * norm(retention(q, k, v))).
+
+    Keys are scaled by H^-0.5, queries and keys rotated, each head's output normalised on its own,
+    and head n decays by `1 - 2^(-5 - n)` a position, as in the paper; rotations are the plain
+    rotary ones, since the decay already takes the place of xPos's.
+
+    Source: Sun et al. 2023, Retentive Network, sections 2.1-2.3, https://arxiv.org/abs/2307.08621
+    """
+
+    causality: ClassVar[str] = "exact"
+    decodes: ClassVar[bool] = True
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        own = config.retention
+        head_dim = own.head_dim or config.width // own.heads
+        self.base, self.chunk = own.rope_base, own.chunk
+        width = (("embed", config.width),)
+        keys = (("heads", own.heads), ("head", head_dim))
+        values = (("heads", own.heads), ("value", own.value_dim or head_dim))
+        self.q = Dense("btd,dnh->btnh", width, keys, rngs)
+        self.k = Dense("btd,dnh->btnh", width, keys, rngs)
+        self.v = Dense("btd,dnh->btnh", width, values, rngs)
+        self.gate = Dense("btd,dnh->btnh", width, values, rngs)
+        self.o = Dense("btnh,nhd->btd", values, width, rngs, gain=config.residual_gain)
+        decay = 1 - 2.0 ** (-5 - jnp.arange(own.heads, dtype=jnp.float32))
+        self.log_decay = Constant(jnp.log(decay), axes=Axes((), ("heads",)))
+
+    def init_state(
+        self, batch: int, max_length: int, piece: int, dtype: Any, memory: Any = None
+    ) -> Tree:
+        """S [B N H Hv] in float32, whatever the length."""
+        heads, key_dim = self.k.kernel.get_value().shape[-2:]
+        return retention_state(batch, heads, key_dim, self.v.kernel.get_value().shape[-1])
+
+    def __call__(
+        self, x: jax.Array, context: Context, state: Tree = None
+    ) -> tuple[jax.Array, Tree, dict[str, jax.Array]]:
+        q = rope(self.q(x), context.positions, base=self.base)
+        k = rope(self.k(x), context.positions, base=self.base)
+        y, new = retention(
+            q,
+            k * k.shape[-1] ** -0.5,
+            self.v(x),
+            self.log_decay.get_value(),
+            positions=context.positions,
+            segments=context.segments,
+            state=state,
+            chunk=self.chunk,
+        )
+        y = rms_norm(y, jnp.ones(y.shape[-1]))
+        return self.o(jax.nn.silu(self.gate(x)) * y), None if state is None else new, {}

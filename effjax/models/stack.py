@@ -1,0 +1,108 @@
+"""A stack of blocks, scanned over runs of layers whose depth is read from the arrays."""
+
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from effjax.models.block import Block
+from effjax.models.configs import DecoderConfig
+from effjax.models.context import Context, fold
+from effjax.models.functional import RunsAxes, functional
+from effjax.weights import Tree, paths
+
+Remat: TypeAlias = Literal["full", "dots"]
+"""What the backward pass recomputes: everything of a layer, or all but products with weights."""
+
+
+class Unit(nnx.Module):
+    """One repeat of the pattern: blocks of several kinds in a row, named `kind_index`."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.names = tuple(f"{kind}_{i:02d}" for i, kind in enumerate(config.pattern))
+        for kind, name in zip(config.pattern, self.names, strict=True):
+            setattr(self, name, Block(kind, config, rngs))
+
+    def __call__(self, x: jax.Array, context: Context, state: Tree = None) -> tuple:
+        states, auxs = {}, {}
+        for i, name in enumerate(self.names):
+            own = context.for_layer(fold(context.key, i))
+            before = None if state is None else state[name]
+            x, states[name], auxs[name] = getattr(self, name)(x, own, before)
+        return x, None if state is None else states, auxs
+
+    def init_state(self, *sizes: Any) -> Tree:
+        """The empty state of every block."""
+        return {name: getattr(self, name).mixer.init_state(*sizes) for name in self.names}
+
+
+class Stack(nnx.Module):
+    """Units scanned in runs: params are `{"runs": {"000": unit params with a leading layer axis}}`.
+
+    The repeats are that axis's size and the runs are the dict's keys, so dropping, duplicating or
+    splitting layers is a function of params and needs no other model. Layer states ride in the
+    scan's carry and are written in place by layer index: as inputs and outputs of the scan, a
+    cache would be copied whole at every token.
+    """
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        init, self.apply_unit, axes_of = functional(lambda r: Unit(config, r))
+        one = jax.eval_shape(init, jax.random.key(0))
+        axes = jax.tree.leaves(axes_of(one))
+        pairs = zip((tuple(p.split("/")) for p in paths(one)), axes, strict=True)
+        keys = jax.random.split(rngs(), config.layers // len(config.pattern))
+        self.runs = nnx.Param(
+            {"000": jax.vmap(init)(keys)},
+            axes=RunsAxes((path, ax.stacked("layers")) for path, ax in pairs),
+        )
+
+    def init_state(self, *sizes: Any) -> Tree:
+        """The empty state of every layer, stacked like the params."""
+        return {
+            run: jax.vmap(lambda unit: self.apply_unit(unit, *sizes, method="init_state"))(units)
+            for run, units in self.runs.get_value().items()
+        }
+
+    def __call__(
+        self, x: jax.Array, context: Context, state: Tree = None, *, remat: Remat | None = None
+    ) -> tuple[jax.Array, Tree, Tree]:
+        states, auxs = {}, {}
+        for run, units in self.runs.get_value().items():
+            own = context.for_layer(fold(context.key, int(run)))
+            before = None if state is None else state[run]
+            x, states[run], auxs[run] = self._scan(units, x, own, before, remat)
+        return x, None if state is None else states, auxs
+
+    def _scan(
+        self, units: Tree, x: jax.Array, context: Context, state: Tree, remat: Remat | None
+    ) -> tuple[jax.Array, Tree, Tree]:
+        depth = jax.tree.leaves(units)[0].shape[0]
+        keys = None if context.key is None else jax.random.split(context.key, depth)
+
+        def layer(carry: tuple, scanned: tuple) -> tuple:
+            (x, state), (unit, i, key) = carry, scanned
+            own = context.for_layer(key)
+            x, new, aux = self.apply_unit(unit, x, own, _read(state, i))
+            return (x, _write(state, new, i)), aux
+
+        body = _rematerialized(layer, remat)
+        (x, state), aux = jax.lax.scan(body, (x, state), (units, jnp.arange(depth), keys))
+        return x, state, aux
+
+
+def _read(state: Tree, i: jax.Array) -> Tree:
+    return jax.tree.map(lambda v: jax.lax.dynamic_index_in_dim(v, i, keepdims=False), state)
+
+
+def _write(state: Tree, new: Tree, i: jax.Array) -> Tree:
+    put = jax.lax.dynamic_update_index_in_dim
+    return jax.tree.map(lambda old, v: put(old, v.astype(old.dtype), i, 0), state, new)
+
+
+def _rematerialized(layer: Any, remat: Remat | None) -> Any:
+    if remat is None:
+        return layer
+    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    # The scan is a loop already: the barrier against common-subexpression elimination is not needed.
+    return jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)

@@ -1,0 +1,167 @@
+"""The loop: a compiled step on a mesh, fed in order, observed from outside."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from effjax.config import require_positive, require_types
+from effjax.cost.clock import compile_timed
+from effjax.cost.memory import Memory, compiled_memory
+from effjax.data.batch import Batch
+from effjax.errors import ConfigError
+from effjax.models.configs import DecoderConfig
+from effjax.models.decoder import decoder
+from effjax.parallel.mesh import MeshConfig, make_mesh
+from effjax.parallel.shard import (
+    batch_sharding,
+    replicated,
+    shard,
+    shard_batch,
+    shardings,
+    state_shardings,
+)
+from effjax.training.objective import language_model_objective
+from effjax.training.optimizer import OptimizerConfig, optimizer
+from effjax.training.step import Step, TrainState, train_step
+from effjax.weights import Tree, partition
+from effjax.weights.trees import Where
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train: the batch, its cut into micro-batches, what is recomputed, the optimiser.
+
+    batch: rows a step, over all devices. length: tokens a row. microbatches: parts of the batch that
+    run one after the other. remat: what the backward pass computes again instead of keeping.
+    """
+
+    batch: int = 16
+    length: int = 256
+    microbatches: int = 1
+    remat: Literal["none", "full", "dots"] = "none"
+    seed: int = 0
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        require_positive(self, "batch", "length", "microbatches")
+        if self.seed < 0:
+            raise ConfigError(f"TrainConfig.seed must be at least 0, got {self.seed}")
+        if self.batch % self.microbatches:
+            raise ConfigError(
+                f"TrainConfig.microbatches must divide batch={self.batch}, got {self.microbatches}"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one batch, padding included."""
+        return self.batch * self.length
+
+
+class Run(NamedTuple):
+    """A training run that has not begun: its state, its step, and where they live."""
+
+    state: TrainState
+    step: Step
+    mesh: Mesh
+
+
+def start(
+    model: DecoderConfig,
+    train: TrainConfig,
+    steps: int,
+    *,
+    mesh: MeshConfig | None = None,
+    params: Tree = None,
+    where: Where = "**",
+) -> Run:
+    """Builds the state and the step of a run of `steps` steps on all local devices.
+
+    params: start from these instead of fresh ones (LoRA, fine-tuning); `where` trains a part of
+    them. Parameters and optimiser state are born sharded: no device ever holds the whole.
+    Raises ConfigError where the batch or a weight does not divide over the mesh.
+    """
+    grid = make_mesh(mesh or MeshConfig())
+    parts = grid.shape["data"] * grid.shape["fsdp"]
+    batch_sharding(grid, size=train.batch)
+    if train.batch // parts % train.microbatches:
+        raise ConfigError(
+            f"microbatches={train.microbatches} must divide the {train.batch // parts} rows that "
+            f"each of {parts} parts of the mesh has of batch={train.batch}"
+        )
+    init, _, axes_of = decoder(model)
+    root = jax.random.key(train.seed)
+    if params is None:
+        abstract = jax.eval_shape(init, root)
+        placed = shardings(abstract, axes_of(abstract), grid)
+        params = jax.jit(init, out_shardings=placed)(jax.random.fold_in(root, 0))
+    else:
+        params = shard(params, axes_of(params), grid)
+    axes = axes_of(params)
+    rule = optimizer(train.optimizer, steps, params, axes)
+    trainable, frozen = partition(params, axes, where)
+    moments = state_shardings(
+        jax.eval_shape(rule.init, trainable),
+        trainable,
+        jax.tree.map(lambda v: v.sharding, trainable),
+        grid,
+    )
+    opt_state = jax.jit(rule.init, out_shardings=moments)(trainable)
+    counters = jax.device_put((np.int32(0), jax.random.fold_in(root, 1)), replicated(grid))
+    state = TrainState(counters[0], trainable, frozen, opt_state, counters[1])
+    objective = language_model_objective(
+        model, remat=None if train.remat == "none" else train.remat
+    )
+    step = train_step(objective, rule, microbatches=train.microbatches)
+    # The state comes back where it was; metrics are the compiler's to place.
+    kept = jax.tree.map(lambda v: v.sharding, state)
+    return Run(state, jax.jit(step, donate_argnums=0, out_shardings=(kept, None)), grid)
+
+
+class CompiledStep(NamedTuple):
+    """A step compiled for one shape of batch, with what compiling cost and needs."""
+
+    step: Step
+    seconds: float
+    memory: Memory
+
+
+def compile_step(run: Run, batch: Batch) -> CompiledStep:
+    """Compiles a run's step apart from its first use, so that time and memory can be reported."""
+    compiled, seconds = compile_timed(run.step, run.state, shard_batch(batch, run.mesh))
+    return CompiledStep(compiled, seconds, compiled_memory(compiled))
+
+
+Observer = Callable[[int, TrainState, dict[str, float], float], None]
+"""Called after every step with its number (from 1), the new state, metrics and wall seconds."""
+
+
+def train(
+    state: TrainState,
+    step: Step,
+    batches: Iterable[Batch],
+    mesh: Mesh,
+    *,
+    until: int,
+    observe: Observer | None = None,
+) -> TrainState:
+    """Steps from where `state` stands until it has taken `until` steps in all.
+
+    Each step is awaited, so that its seconds are its own. What to log, save or stop is the
+    observer's business; an exception of its leaves the loop between two steps.
+    """
+    source = iter(batches)
+    for number in range(int(state.step) + 1, until + 1):
+        batch = shard_batch(next(source), mesh)
+        begin = time.perf_counter()
+        state, metrics = step(state, batch)
+        values: dict[str, Any] = jax.device_get(metrics)
+        seconds = time.perf_counter() - begin
+        if observe is not None:
+            observe(number, state, {name: float(v) for name, v in values.items()}, seconds)
+    return state

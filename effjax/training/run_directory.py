@@ -1,0 +1,54 @@
+"""The directory of a run: the config it belongs to, and metrics, a JSON line each."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from effjax.config import differences, read_json, to_json
+from effjax.errors import ConfigError
+
+
+class RunDirectory:
+    """A directory that belongs to one config: `config.json`, `metrics.jsonl` and what else is put in.
+
+    Opening it again with the same config goes on; another config is refused with the differences.
+    Raises ConfigError where it cannot be made or written.
+    """
+
+    def __init__(self, path: str | Path, config: Any):
+        self.path = Path(path)
+        where = self.path / "config.json"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.resumed = where.exists()
+            if not self.resumed:
+                where.write_text(json.dumps(to_json(config), indent=1) + "\n", encoding="utf-8")
+            self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise ConfigError(
+                f"run directory {str(self.path)!r} cannot be written: {error.strerror}"
+            ) from None
+        changed = differences(read_json(str(where)), to_json(config)) if self.resumed else []
+        if changed:
+            self.close()
+            raise ConfigError(
+                f"{str(self.path)!r} belongs to another config: {'; '.join(changed)}; "
+                "give another --out, or the same options"
+            )
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def log(self, **values: Any) -> None:
+        """Appends one line to `metrics.jsonl`."""
+        self._metrics.write(json.dumps(values) + "\n")
+
+    def close(self) -> None:
+        """Closes the metrics file."""
+        self._metrics.close()
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
