@@ -1,0 +1,1 @@
+"""Feed-forward networks: what a block does to each token by itself."""

@@ -1,0 +1,1 @@
+"""Pallas kernels, a package each. They import jax alone and know nothing of effjax."""
