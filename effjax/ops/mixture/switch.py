@@ -38,14 +38,14 @@ class Routing(NamedTuple):
 
 
 class RouterStatistics(NamedTuple):
-    """Sums over live tokens. They add over micro-batches and devices, the losses do not."""
+    """Sums over live tokens. They add over rows, micro-batches and devices; the losses do not."""
 
-    tokens: Float[Array, "*layers"]
-    assigned: Float[Array, "*layers E"]
+    tokens: Float[Array, "*parts"]
+    assigned: Float[Array, "*parts E"]
     """Tokens that prefer each expert, dropped ones included."""
-    probability: Float[Array, "*layers E"]
-    squared_log_partition: Float[Array, "*layers"]
-    dropped: Float[Array, "*layers"]
+    probability: Float[Array, "*parts E"]
+    squared_log_partition: Float[Array, "*parts"]
+    dropped: Float[Array, "*parts"]
 
 
 def capacity(length: int, experts: int, factor: float) -> int:
@@ -81,7 +81,7 @@ def router_logits(
     input, as in its text; its figure 15 adds the noise to the scores), https://arxiv.org/abs/2101.03961
     """
     x = jnp.where(live[..., None], x, 0).astype(jnp.promote_types(x.dtype, jnp.float32))
-    if key is not None:
+    if key is not None and noise:
         x = x * jax.random.uniform(key, x.shape, x.dtype, 1 - noise, 1 + noise)
     return einsum("btd,de->bte", x, w)
 
@@ -150,7 +150,9 @@ def combine(y: Float[Array, "B E C D"], routing: Routing) -> Float[Array, "B T D
 
 
 def router_statistics(routing: Routing, live: Bool[Array, "B T"]) -> RouterStatistics:
-    """Sums over live tokens what the auxiliary losses of a whole batch need, whatever its parts.
+    """Sums over each row's live tokens, `[B]` and `[B E]`, what the auxiliary losses need.
+
+    `jax.tree.map(lambda s: s.sum(0), ...)` adds rows to a batch; batches add in the same way.
 
     Source: Fedus et al. 2021, equations 5-6, https://arxiv.org/abs/2101.03961
     """
@@ -158,45 +160,53 @@ def router_statistics(routing: Routing, live: Bool[Array, "B T"]) -> RouterStati
     weight = live.astype(real)
     chosen = jax.nn.one_hot(routing.expert, routing.probabilities.shape[-1], dtype=real)
     return RouterStatistics(
-        tokens=weight.sum(),
-        assigned=(chosen * weight[..., None]).sum((0, 1)),
-        probability=(routing.probabilities * weight[..., None]).sum((0, 1)),
-        squared_log_partition=(routing.log_partition**2 * weight).sum(),
-        dropped=(weight - routing.kept.astype(real)).sum(),
+        tokens=weight.sum(1),
+        assigned=(chosen * weight[..., None]).sum(1),
+        probability=(routing.probabilities * weight[..., None]).sum(1),
+        squared_log_partition=(routing.log_partition**2 * weight).sum(1),
+        dropped=(weight - routing.kept.astype(real)).sum(1),
     )
 
 
 def balance_loss(
     statistics: RouterStatistics, whole: RouterStatistics | None = None
-) -> Float[Array, "*layers"]:
+) -> Float[Array, "*parts"]:
     """Penalises uneven use of the experts: 1 when the router is uniform, up to E.
 
     L = E * sum_i f_i P_i, with f_i the share of live tokens that prefer expert i (a constant to the
-    gradient) and P_i its mean probability. No live token: 0. The paper multiplies by 1e-2.
+    gradient) and P_i its mean probability. No live token: 0. The paper multiplies by 1e-2. Each
+    leading index of the statistics (a row, a layer) has its own loss.
 
-    whole: the statistics of the whole batch when `statistics` are those of a part. The parts'
+    whole: the statistics of the whole batch when `statistics` are those of its parts. The parts'
         losses, and their gradients, then add to those of the whole batch, exactly.
 
     Source: Fedus et al. 2021, equations 4-6, https://arxiv.org/abs/2101.03961. Its figure 14 takes
     the mean of the cores' losses, which depends on how the batch is cut; ours is the batch's.
     """
-    whole = jax.lax.stop_gradient(statistics if whole is None else whole)
-    tokens = jnp.maximum(whole.tokens, 1)[..., None]
+    batch = _constants(statistics, whole)
+    tokens = jnp.maximum(batch.tokens, 1)[..., None]
     experts = statistics.assigned.shape[-1]
-    return experts * ((whole.assigned / tokens) * (statistics.probability / tokens)).sum(-1)
+    return experts * ((batch.assigned / tokens) * (statistics.probability / tokens)).sum(-1)
 
 
 def z_loss(
     statistics: RouterStatistics, whole: RouterStatistics | None = None
-) -> Float[Array, "*layers"]:
+) -> Float[Array, "*parts"]:
     """Penalises large router scores, which round badly: mean over live tokens of logsumexp(h)^2.
 
     whole: as in `balance_loss`. No live token: 0. The paper multiplies by 1e-3.
 
     Source: Zoph et al. 2022, section 3.3, equation 5, https://arxiv.org/abs/2202.08906
     """
-    tokens = jax.lax.stop_gradient((statistics if whole is None else whole).tokens)
-    return statistics.squared_log_partition / jnp.maximum(tokens, 1)
+    tokens = jnp.maximum(_constants(statistics, whole).tokens, 1)
+    return statistics.squared_log_partition / tokens
+
+
+def _constants(statistics: RouterStatistics, whole: RouterStatistics | None) -> RouterStatistics:
+    """What the losses divide by and weigh with, no path for gradients, in the shapes of the parts."""
+    batch = statistics if whole is None else whole
+    wide = jax.tree.map(lambda a, part: jnp.broadcast_to(a, part.shape), batch, statistics)
+    return jax.lax.stop_gradient(wide)
 
 
 def dropless(
