@@ -1,0 +1,78 @@
+"""`python -m effjax` is the doctor's page, `python -m effjax methods [words]` the index."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from effjax import __version__, methods
+from effjax.errors import ConfigError, EffjaxError, near
+
+USAGE = """usage: python -m effjax [command]
+
+  doctor           what this machine has and can do, measured (the default)
+  methods [words]  the methods whose row contains all the words; all of them without words
+"""
+
+
+def doctor(arguments: Sequence[str]) -> None:
+    """Prints the doctor's page."""
+    if arguments:
+        raise ConfigError(f"doctor takes no arguments, got {' '.join(arguments)!r}")
+    from effjax.doctor import examine, plain  # it imports jax, which the index does not need
+
+    sections = examine()
+    if not sys.stdout.isatty():
+        print(f"effjax {__version__}\n{plain(sections)}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    for section in sections:
+        grid = Table.grid(padding=(0, 2))
+        for label, text in section.lines:
+            grid.add_row(Text(f"  {label}"), Text(text))  # effjax[extra] is no markup
+        console.print(Text(section.title, style="bold"), grid)
+
+
+def index(words: Sequence[str]) -> None:
+    """Prints the rows of the index that contain all the words."""
+    found = methods.search(words, methods.read())
+    if not sys.stdout.isatty():
+        for row in found:
+            print("  ".join(cell or "-" for cell in row.cells()))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*methods.COLUMNS, box=None)
+    for row in found:
+        table.add_row(*map(Text, row.cells()))
+    Console().print(table)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"doctor": doctor, "methods": index}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and gives its exit code: 0, or 2 for a command or a word that is not known."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    name, *rest = arguments or ["doctor"]
+    if name in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    try:
+        if name not in COMMANDS:
+            raise ConfigError(
+                f"unknown command {name!r}, wanted {' or '.join(COMMANDS)}{near(name, COMMANDS)}"
+            )
+        COMMANDS[name](rest)
+    except EffjaxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
