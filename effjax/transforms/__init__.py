@@ -1,0 +1,31 @@
+"""Transformations of a parameter tree: `verb(params, axes, ..., where=...) -> params`."""
+
+from effjax.transforms.adapt.lora import adapters, lora, merge
+from effjax.transforms.describe import Change, describe
+from effjax.transforms.factorize.svd import choose_ranks, svd
+from effjax.transforms.grow import keep_layers, split_runs
+from effjax.transforms.prune.magnitude import magnitude
+from effjax.transforms.prune.semi_structured import semi_structured
+from effjax.transforms.quantize.round_to_nearest import round_to_nearest
+from effjax.transforms.recipe import VERBS, apply_recipe, require_recipe
+from effjax.transforms.rules import COMMUTE, RULES
+
+__all__ = [
+    "COMMUTE",
+    "RULES",
+    "VERBS",
+    "Change",
+    "adapters",
+    "apply_recipe",
+    "choose_ranks",
+    "describe",
+    "keep_layers",
+    "lora",
+    "magnitude",
+    "merge",
+    "require_recipe",
+    "round_to_nearest",
+    "semi_structured",
+    "split_runs",
+    "svd",
+]

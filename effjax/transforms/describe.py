@@ -1,0 +1,82 @@
+"""What a transformation did to a tree, weight by weight."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from effjax.cost.memory import stored_bytes
+from effjax.transforms.lift import is_concrete
+from effjax.transforms.rules import layers_of
+from effjax.weights import AnyWeight, Axes, Tree, dense, is_weight, paths
+
+
+@dataclass(frozen=True)
+class Change:
+    """One weight before and after; bytes as stored, error = ||W' - W|| / ||W|| (Frobenius)."""
+
+    path: str
+    axes: tuple[str, ...]
+    before: str
+    after: str
+    bytes_before: int
+    bytes_after: int
+    error: float | None
+    """None where a tree is abstract or the two weights differ in shape."""
+
+
+def describe(before: Tree, after: Tree, axes: Tree) -> list[Change]:
+    """Lists the weights that differ in leaf type, bytes or values between two trees of one model.
+
+    For a dry run pass `jax.eval_shape(recipe, params)` as `after`: the table of what a recipe would
+    touch, without errors.
+    """
+    old, new, names = (jax.tree.leaves(t, is_leaf=is_weight) for t in (before, after, axes))
+    if len(old) != len(new):
+        raise ValueError(f"the trees have {len(old)} and {len(new)} weights: not of one model")
+    rows = zip(paths(before), names, old, new, strict=True)
+    changes = (_change(*row) for row in rows)
+    return [c for c in changes if _differs(c)]
+
+
+def _change(path: str, axes: Axes, old: AnyWeight, new: AnyWeight) -> Change:
+    return Change(
+        path,
+        axes.names,
+        type_name(old),
+        type_name(new),
+        stored_bytes(old),
+        stored_bytes(new),
+        relative_error(old, new),
+    )
+
+
+def _differs(c: Change) -> bool:
+    return c.before != c.after or c.bytes_before != c.bytes_after or bool(c.error)
+
+
+def type_name(w: AnyWeight) -> str:
+    """`LowRank(Quantized int8)`: the nested leaf types, inside the dtype that holds the values."""
+    kinds = [kind.__name__ for kind in layers_of(w)]
+    innermost = w
+    while is_weight(innermost) and hasattr(innermost, "base"):
+        innermost = innermost.base
+    dtype = str(jax.tree.leaves(innermost)[0].dtype)
+    if is_weight(innermost):
+        return "(".join([*kinds[:-1], f"{kinds[-1]} {dtype}"]) + ")" * (len(kinds) - 1)
+    return "(".join([*kinds, dtype]) + ")" * len(kinds)
+
+
+def relative_error(old: AnyWeight, new: AnyWeight) -> float | None:
+    """||new - old|| / ||old|| of the dense equivalents; 0 for two zeros, None if not comparable."""
+    if not (is_concrete(old) and is_concrete(new)) or tuple(old.shape) != tuple(new.shape):
+        return None
+    difference, norm = (float(v) for v in jax.device_get(_norms(old, new)))
+    return difference / norm if norm else (0.0 if not difference else math.inf)
+
+
+@jax.jit
+def _norms(old: AnyWeight, new: AnyWeight) -> tuple[jax.Array, jax.Array]:
+    w, v = dense(old).astype(jnp.float32), dense(new).astype(jnp.float32)
+    return jnp.linalg.norm((v - w).ravel()), jnp.linalg.norm(w.ravel())

@@ -1,0 +1,1 @@
+"""Factorisers: weights as products of smaller ones."""

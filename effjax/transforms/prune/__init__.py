@@ -1,0 +1,1 @@
+"""Pruners: weights with zeros."""

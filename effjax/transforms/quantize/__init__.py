@@ -1,0 +1,1 @@
+"""Quantisers: weights in few bits."""

@@ -1,0 +1,95 @@
+"""Recipes: what was done to a model's parameters, as JSON that can be done again.
+
+    [{"verb": "round_to_nearest", "bits": 4, "group": 128, "where": "stack/**"},
+     {"verb": "lora", "rank": 8, "alpha": 16.0}]
+
+Verbs trace: `jax.eval_shape(apply_recipe(recipe, axes_of), abstract_params)` gives the shapes and
+leaf types that the recipe makes, without computing or storing anything, for a restore or a dry run.
+"""
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from effjax.errors import ConfigError, near
+from effjax.transforms.adapt.lora import lora, merge
+from effjax.transforms.factorize.svd import svd
+from effjax.transforms.grow import keep_layers, split_runs
+from effjax.transforms.prune.magnitude import magnitude
+from effjax.transforms.prune.semi_structured import semi_structured
+from effjax.transforms.quantize.round_to_nearest import round_to_nearest
+from effjax.weights import Tree
+
+Recipe = Sequence[Mapping[str, Any]]
+
+VERBS: dict[str, Callable[..., Tree]] = {
+    verb.__name__: verb
+    for verb in (
+        round_to_nearest,
+        magnitude,
+        semi_structured,
+        svd,
+        lora,
+        merge,
+        split_runs,
+        keep_layers,
+    )
+}
+
+
+def apply_recipe(recipe: Recipe, axes_of: Callable[[Tree], Tree]) -> Callable[[Tree], Tree]:
+    """Returns `params -> params` that applies the recipe's verbs in order.
+
+    axes_of: the axes of a parameter tree, asked again before each verb. Verbs are checked at once,
+    their numbers and the weights they meet when the function runs.
+
+    Raises ConfigError: an unknown verb or argument (with the nearest), a missing argument.
+    """
+    require_recipe(recipe)
+
+    def apply(params: Tree) -> Tree:
+        for step in recipe:
+            arguments = {name: value for name, value in step.items() if name != "verb"}
+            params = VERBS[step["verb"]](params, axes_of(params), **arguments)
+        return params
+
+    return apply
+
+
+def require_recipe(recipe: Recipe) -> None:
+    """Raises ConfigError for a recipe whose verbs or arguments are not known."""
+    if isinstance(recipe, str | bytes | Mapping) or not isinstance(recipe, Sequence):
+        raise ConfigError(f"recipe must be a list of steps, got {type(recipe).__name__}")
+    for number, step in enumerate(recipe):
+        _require_step(f"recipe step {number}", step)
+        try:
+            json.dumps(step, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"recipe step {number} is not JSON: {error}") from None
+
+
+def _require_step(where: str, step: Any) -> None:
+    if not isinstance(step, Mapping) or not isinstance(step.get("verb"), str):
+        raise ConfigError(f'{where} must be {{"verb": name, ...}}, got {step!r}')
+    verb = step["verb"]
+    if verb not in VERBS:
+        raise ConfigError(
+            f"{where}: unknown verb {verb!r}, known: {', '.join(VERBS)}{near(verb, VERBS)}"
+        )
+    known = arguments_of(verb)
+    for name in step:
+        if name != "verb" and name not in known:
+            raise ConfigError(
+                f"{where}: {verb} has no argument {name!r}, it has {', '.join(known)}"
+                f"{near(name, known)}"
+            )
+    missing = [n for n, p in known.items() if p.default is p.empty and n not in step]
+    if missing:
+        raise ConfigError(f"{where}: {verb} needs {', '.join(missing)}")
+
+
+def arguments_of(verb: str) -> dict[str, inspect.Parameter]:
+    """The arguments of a verb that a recipe may give: its keyword-only parameters."""
+    parameters = inspect.signature(VERBS[verb]).parameters
+    return {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}

@@ -1,0 +1,60 @@
+"""Which verb may meet which weight: the one table of pairs that compose; the rest are refused.
+
+A plain array takes every verb but `merge`. A leaf takes a verb when every leaf type met on the way
+from the outside to the innermost base has a row here; a pair without a row is refused, never
+guessed. A new verb or leaf type adds its rows, and the law table tries them all.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from effjax.errors import ConfigError
+from effjax.weights import AnyWeight, Factored, LowRank, Masked, Quantized, SemiStructured, Weight
+
+RULES: Mapping[str, Mapping[type[Weight], str]] = {
+    "round_to_nearest": {
+        Masked: "the masked values are quantised: what was pruned has code 0 and stays exactly 0",
+        LowRank: "the base is quantised, the factors keep their precision (QLoRA)",
+    },
+    "magnitude": {
+        Masked: "prunes further: what was pruned counts as smallest and stays pruned",
+        LowRank: "the base is pruned, the update beside it stays dense",
+    },
+    "semi_structured": {LowRank: "the base is pruned, the update beside it stays dense"},
+    "svd": {LowRank: "the base is factorised, the update beside it stays"},
+    "lora": {
+        Quantized: "an update beside the codes (QLoRA)",
+        Masked: "an update beside the kept values; it is dense",
+        SemiStructured: "an update beside the kept values; it is dense",
+        Factored: "an update beside the factors",
+        LowRank: "a second update; the first one is frozen with its base",
+    },
+    "merge": {
+        LowRank: "the base plus every update, cast once to the base's dtype",
+        Quantized: "the sum is dense: quantise again to store it in few bits",
+        Factored: "the sum is dense: factorise again to store it in few numbers",
+    },
+}
+"""verb -> leaf type -> what the verb does to a weight in which it meets that type."""
+
+COMMUTE: tuple[tuple[str, str], ...] = tuple(
+    (verb, "lora") for verb in ("round_to_nearest", "magnitude", "semi_structured", "svd")
+)
+"""Pairs of verbs whose order does not matter: a value verb acts inside, LoRA outside."""
+
+
+def layers_of(w: AnyWeight) -> Iterator[type[Weight]]:
+    """The leaf types of a weight, from the outside to its innermost base; none for an array."""
+    while isinstance(w, Weight):
+        yield type(w)
+        w = getattr(w, "base", None)  # type: ignore[assignment]
+
+
+def require_rule(verb: str, path: str, w: AnyWeight) -> None:
+    """Raises ConfigError when `verb` has no rule for a leaf type inside `w`."""
+    rules = RULES.get(verb, {})
+    for kind in layers_of(w):
+        if kind not in rules:
+            known = ", ".join(["array", *sorted(k.__name__ for k in rules)])
+            raise ConfigError(
+                f"{verb} at {path!r}: no rule for {verb} on {kind.__name__}, only on {known}"
+            )
