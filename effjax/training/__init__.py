@@ -1,0 +1,1 @@
+"""Training: the step, the loop, precision, schedules, and checkpoints."""
