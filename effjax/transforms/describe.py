@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.cost.memory import stored_bytes
-from effjax.transforms.lift import is_concrete
-from effjax.transforms.rules import layers_of
+from effjax.transforms._lift import is_concrete, kinds_of
 from effjax.weights import AnyWeight, Axes, Tree, dense, is_weight, paths
 
 
@@ -31,6 +30,8 @@ def describe(before: Tree, after: Tree, axes: Tree) -> list[Change]:
 
     For a dry run pass `jax.eval_shape(recipe, params)` as `after`: the table of what a recipe would
     touch, without errors.
+
+    Source: none, bookkeeping.
     """
     old, new, names = (jax.tree.leaves(t, is_leaf=is_weight) for t in (before, after, axes))
     if len(old) != len(new):
@@ -44,11 +45,11 @@ def _change(path: str, axes: Axes, old: AnyWeight, new: AnyWeight) -> Change:
     return Change(
         path,
         axes.names,
-        type_name(old),
-        type_name(new),
+        _type_name(old),
+        _type_name(new),
         stored_bytes(old),
         stored_bytes(new),
-        relative_error(old, new),
+        _relative_error(old, new),
     )
 
 
@@ -56,9 +57,9 @@ def _differs(c: Change) -> bool:
     return c.before != c.after or c.bytes_before != c.bytes_after or bool(c.error)
 
 
-def type_name(w: AnyWeight) -> str:
+def _type_name(w: AnyWeight) -> str:
     """`LowRank(Quantized int8)`: the nested leaf types, inside the dtype that holds the values."""
-    kinds = [kind.__name__ for kind in layers_of(w)]
+    kinds = [kind.__name__ for kind in kinds_of(w)]
     innermost = w
     while is_weight(innermost) and hasattr(innermost, "base"):
         innermost = innermost.base
@@ -68,7 +69,7 @@ def type_name(w: AnyWeight) -> str:
     return "(".join([*kinds, dtype]) + ")" * len(kinds)
 
 
-def relative_error(old: AnyWeight, new: AnyWeight) -> float | None:
+def _relative_error(old: AnyWeight, new: AnyWeight) -> float | None:
     """||new - old|| / ||old|| of the dense equivalents; 0 for two zeros, None if not comparable."""
     if not (is_concrete(old) and is_concrete(new)) or tuple(old.shape) != tuple(new.shape):
         return None

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from effjax.errors import ConfigError, near
-from effjax.transforms.options import require_integer
+from effjax.transforms._options import require_integer
 from effjax.weights import Tree
 
 
@@ -24,7 +24,7 @@ def split_runs(params: Tree, axes: Tree, *, at: Sequence[int], stack: str = "sta
 
     Raises ConfigError: no such stack, a cut outside the stack.
 
-    Source: none, this is bookkeeping of the stack's layout.
+    Source: none, bookkeeping.
     """
     places = _places(params, axes, stack, "split_runs")
     cuts = {require_integer("split_runs", "at", cut, 1, len(places) - 1) for cut in at}
@@ -40,11 +40,10 @@ def keep_layers(params: Tree, axes: Tree, *, layers: Sequence[int], stack: str =
 
     Raises ConfigError: no such stack, a layer that it does not have, no layers.
 
-    Source: Sajjad et al. 2020, "On the Effect of Dropping Layers of Pre-trained Transformer
-    Models",
-    section 3, https://arxiv.org/abs/2004.03844 (dropping); Gong et al. 2019, "Efficient Training of
-    BERT by Progressively Stacking", section 3.2, https://proceedings.mlr.press/v97/gong19a.html
-    (repeating).
+    Source: dropping: Sajjad et al. 2020, "On the Effect of Dropping Layers of Pre-trained
+    Transformer Models", section 3, https://arxiv.org/abs/2004.03844; repeating: Gong et al. 2019,
+    "Efficient Training of BERT by Progressively Stacking", section 3.2,
+    https://proceedings.mlr.press/v97/gong19a.html.
     """
     places = _places(params, axes, stack, "keep_layers")
     if not layers:

@@ -45,6 +45,8 @@ def apply_recipe(recipe: Recipe, axes_of: Callable[[Tree], Tree]) -> Callable[[T
     their numbers and the weights they meet when the function runs.
 
     Raises ConfigError: an unknown verb or argument (with the nearest), a missing argument.
+
+    Source: none, bookkeeping.
     """
     require_recipe(recipe)
 
@@ -58,7 +60,10 @@ def apply_recipe(recipe: Recipe, axes_of: Callable[[Tree], Tree]) -> Callable[[T
 
 
 def require_recipe(recipe: Recipe) -> None:
-    """Raises ConfigError for a recipe whose verbs or arguments are not known."""
+    """Raises ConfigError for a recipe that is not JSON, or whose verbs or arguments are not known.
+
+    Source: none, bookkeeping.
+    """
     if isinstance(recipe, str | bytes | Mapping) or not isinstance(recipe, Sequence):
         raise ConfigError(f"recipe must be a list of steps, got {type(recipe).__name__}")
     for number, step in enumerate(recipe):
@@ -77,7 +82,7 @@ def _require_step(where: str, step: Any) -> None:
         raise ConfigError(
             f"{where}: unknown verb {verb!r}, known: {', '.join(VERBS)}{near(verb, VERBS)}"
         )
-    known = arguments_of(verb)
+    known = _arguments_of(verb)
     for name in step:
         if name != "verb" and name not in known:
             raise ConfigError(
@@ -89,7 +94,7 @@ def _require_step(where: str, step: Any) -> None:
         raise ConfigError(f"{where}: {verb} needs {', '.join(missing)}")
 
 
-def arguments_of(verb: str) -> dict[str, inspect.Parameter]:
+def _arguments_of(verb: str) -> dict[str, inspect.Parameter]:
     """The arguments of a verb that a recipe may give: its keyword-only parameters."""
     parameters = inspect.signature(VERBS[verb]).parameters
     return {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}

@@ -5,10 +5,9 @@ from the outside to the innermost base has a row here; a pair without a row is r
 guessed. A new verb or leaf type adds its rows, and the law table tries them all.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-from effjax.errors import ConfigError
-from effjax.weights import AnyWeight, Factored, LowRank, Masked, Quantized, SemiStructured, Weight
+from effjax.weights import Factored, LowRank, Masked, Quantized, SemiStructured, Weight
 
 RULES: Mapping[str, Mapping[type[Weight], str]] = {
     "round_to_nearest": {
@@ -40,21 +39,3 @@ COMMUTE: tuple[tuple[str, str], ...] = tuple(
     (verb, "lora") for verb in ("round_to_nearest", "magnitude", "semi_structured", "svd")
 )
 """Pairs of verbs whose order does not matter: a value verb acts inside, LoRA outside."""
-
-
-def layers_of(w: AnyWeight) -> Iterator[type[Weight]]:
-    """The leaf types of a weight, from the outside to its innermost base; none for an array."""
-    while isinstance(w, Weight):
-        yield type(w)
-        w = getattr(w, "base", None)  # type: ignore[assignment]
-
-
-def require_rule(verb: str, path: str, w: AnyWeight) -> None:
-    """Raises ConfigError when `verb` has no rule for a leaf type inside `w`."""
-    rules = RULES.get(verb, {})
-    for kind in layers_of(w):
-        if kind not in rules:
-            known = ", ".join(["array", *sorted(k.__name__ for k in rules)])
-            raise ConfigError(
-                f"{verb} at {path!r}: no rule for {verb} on {kind.__name__}, only on {known}"
-            )

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from effjax.errors import ConfigError
-from effjax.transforms.lift import core_shape, on_weights, path_keys, together
-from effjax.transforms.options import require_integer, require_number, require_rank
+from effjax.transforms._lift import core_shape, on_weights, path_keys, together
+from effjax.transforms._options import require_integer, require_number, require_rank
 from effjax.weights import AnyWeight, Axes, LowRank, Tree, Where, dense, is_weight
 
 
@@ -55,7 +55,10 @@ def _factors(
 
 
 def adapters(path: str, w: AnyWeight, axes: Axes) -> bool:
-    """The `where` of every LoRA update: `partition(params, axes, adapters)` trains them alone."""
+    """The `where` of every LoRA update: `partition(params, axes, adapters)` trains them alone.
+
+    Source: Hu et al. 2021, section 4.1 (the pre-trained weights are frozen).
+    """
     return isinstance(w, LowRank)
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.errors import ConfigError, near
-from effjax.transforms.lift import core_shape, in_turn, is_concrete, on_bases
-from effjax.transforms.options import require_integer, require_number, require_rank
+from effjax.transforms._lift import core_shape, in_turn, is_concrete, on_bases
+from effjax.transforms._options import require_integer, require_number, require_rank
 from effjax.weights import AnyWeight, Axes, Factored, Tree, Where, paths, selector
 
 Ranks = Mapping[str, int]

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effjax.transforms.lift import core_shape, in_turn, on_bases
-from effjax.transforms.options import require_number
+from effjax.transforms._lift import core_shape, in_turn, on_bases
+from effjax.transforms._options import require_number
 from effjax.weights import AnyWeight, Axes, Masked, Tree, Where, dense
 
 
@@ -44,7 +44,10 @@ def _prune(w: AnyWeight, *, axes: Axes, count: int) -> Masked:
 
 
 def magnitude_order(w: jax.Array) -> jax.Array:
-    """Integers >= 0 in the order of |w|: a float's bits without the sign, subnormals included."""
+    """Integers >= 0 in the order of |w|: a float's bits without the sign, subnormals included.
+
+    Source: IEEE 754-2019, section 3.4: the exponent stands above the significand.
+    """
     integer = jnp.dtype(f"int{8 * w.dtype.itemsize}")
     return jax.lax.bitcast_convert_type(w, integer) & jnp.iinfo(integer).max
 
@@ -53,7 +56,9 @@ def smallest(order: jax.Array, count: int) -> jax.Array:
     """True at exactly the `count` smallest of non-negative integers; of equals, the earlier first.
 
     Bisection on the value, then among its ties on the index: at most 31 + 31 counting passes, no
-    sort. (A sort of float32 entries costs more than all the passes together.)
+    sort.
+
+    Source: Knuth 1998, "The Art of Computer Programming" 3, section 6.2.1 (bisection).
     """
     top = jnp.array(jnp.iinfo(order.dtype).max, order.dtype)
     threshold, below = _bisect(lambda t: _count(order < t), count, top)

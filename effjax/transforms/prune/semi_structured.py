@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.errors import ConfigError
-from effjax.transforms.lift import group_axis, on_bases, together
+from effjax.transforms._lift import group_axis, on_bases, together
 from effjax.transforms.prune.magnitude import magnitude_order
 from effjax.weights import AnyWeight, Axes, SemiStructured, Tree, Where
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from effjax.errors import ConfigError
-from effjax.transforms.lift import group_axis, on_bases, together
-from effjax.transforms.options import require_integer
+from effjax.transforms._lift import group_axis, on_bases, together
+from effjax.transforms._options import require_integer
 from effjax.weights import AnyWeight, Axes, Quantized, Tree, Where
 
 CODES = {8: jnp.int8, 4: jnp.int4}

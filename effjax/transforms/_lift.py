@@ -8,7 +8,7 @@ innermost base, `on_weights` around the whole weight; both refuse what no verb m
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.errors import ConfigError
-from effjax.transforms.rules import require_rule
+from effjax.transforms.rules import RULES
 from effjax.weights import AnyWeight, Axes, Tree, Weight, Where, map_where
 
 Visit = Callable[[str, AnyWeight, Axes], AnyWeight]
@@ -83,6 +83,8 @@ def on_weights(verb: str, f: Visit, params: Tree, axes: Tree, where: Where) -> T
         if not ax.is_matrix:
             kind = "is a constant" if ax.constant else "has no inputs and outputs"
             raise ConfigError(f"{verb} at {path!r}: this weight {kind} (axes {ax.names})")
+        if len(w.shape) != len(ax.names):
+            raise ValueError(f"{verb} at {path!r}: axes {ax.names} for shape {tuple(w.shape)}")
         if math.prod(w.shape) == 0:
             raise ConfigError(f"{verb} at {path!r}: this weight is empty, shape {tuple(w.shape)}")
         require_rule(verb, path, w)
@@ -94,6 +96,24 @@ def on_weights(verb: str, f: Visit, params: Tree, axes: Tree, where: Where) -> T
         if not all(flags):
             raise ConfigError(f"{verb} at {path!r}: this weight holds NaN or infinity")
     return changed
+
+
+def kinds_of(w: AnyWeight) -> Iterator[type[Weight]]:
+    """The leaf types of a weight, from the outside to its innermost base; none for an array."""
+    while isinstance(w, Weight):
+        yield type(w)
+        w = getattr(w, "base", None)  # type: ignore[assignment]
+
+
+def require_rule(verb: str, path: str, w: AnyWeight) -> None:
+    """Raises ConfigError when `verb` has no rule for a leaf type inside `w`."""
+    rules = RULES.get(verb, {})
+    for kind in kinds_of(w):
+        if kind not in rules:
+            known = ", ".join(["array", *sorted(k.__name__ for k in rules)])
+            raise ConfigError(
+                f"{verb} at {path!r}: no rule for {verb} on {kind.__name__}, only on {known}"
+            )
 
 
 def core_shape(w: AnyWeight, axes: Axes) -> tuple[tuple[int, ...], ...]:
