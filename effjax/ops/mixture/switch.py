@@ -203,7 +203,7 @@ def z_loss(
 
 
 def _constants(statistics: RouterStatistics, whole: RouterStatistics | None) -> RouterStatistics:
-    """What the losses divide by and weigh with, no path for gradients, in the shapes of the parts."""
+    """What the losses divide by and weigh with: no path for gradients, shaped as the parts are."""
     batch = statistics if whole is None else whole
     wide = jax.tree.map(lambda a, part: jnp.broadcast_to(a, part.shape), batch, statistics)
     return jax.lax.stop_gradient(wide)
