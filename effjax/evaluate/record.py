@@ -275,7 +275,7 @@ def write_records(path: str | os.PathLike, records: Iterable[Record]) -> None:
     Raises EffjaxError naming a path that cannot be written.
     """
     rows = [config.to_json(record) for record in records]
-    write_text(path, json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(rows, indent=1, allow_nan=False) + "\n")
 
 
 def read_records(path: str | os.PathLike) -> list[Record]:

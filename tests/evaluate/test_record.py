@@ -92,7 +92,7 @@ def test_the_schema_is_the_one_that_the_design_names(records):
 def test_round_trip_is_exact(records, unfinished, tmp_path):
     odd = dataclasses.replace(
         records[0],
-        method="ünïcode </script> \n",
+        method="ünïcode </script> \n \udc80",
         flops=Flops(2**80 + 1, 3, 0.1 + 0.2, ("while_loop",)),
         recipe=({"verb": "svd", "ranks": {"a": [1, None, True, 1e-300]}},),
     )
