@@ -186,6 +186,8 @@ def lowered(module, platform, transform, dtype):
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
+# JAX 0.12 announces the end of this lowering; kernels/README.md says what follows it.
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("transform", ["forward", "backward", "vmap"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("name", "platform"), [("tpu", "tpu"), ("gpu", "cuda")])

@@ -207,7 +207,8 @@ def test_rows_stay_on_their_device():
 
     shapes = [(8, 5, 3), (8, 5, 2), (8, 5)]
     abstract = [
-        jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, (float, float, bool), strict=True)
+        jax.ShapeDtypeStruct(s, d)
+        for s, d in zip(shapes, ("float32", "float32", bool), strict=True)
     ]
     text = loop.lower(*abstract).compile().as_text()
     for exchange in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
