@@ -14,6 +14,7 @@ as two equal arrays. A tie inside a model is one parameter used twice, so it sta
 
 import dataclasses
 import json
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,9 @@ def save(
 
     Raises CheckpointError when the step could not be written, or is there already.
     """
+    step = operator.index(step)
+    if step < 0:
+        raise ConfigError(f"the step of a checkpoint must be at least 0, got {step}")
     records, leaves = _describe(state)
     meta = Meta(step, config, list(recipe), position, records)
     _require_json(meta)

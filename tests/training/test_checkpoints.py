@@ -20,25 +20,9 @@ from effjax.training import checkpoints
 from effjax.training.checkpoints import latest_step, read_meta, restore, save, steps
 from effjax.weights import Factored, LowRank, Masked, Quantized, SemiStructured
 
-DTYPES = [
-    "bool",
-    "int2",
-    "uint2",
-    "int4",
-    "uint4",
-    "int8",
-    "uint8",
-    "int16",
-    "uint32",
-    "int32",
-    "float16",
-    "bfloat16",
-    "float32",
-    "complex64",
-    "float8_e4m3fn",
-    "float8_e5m2",
-    "float4_e2m1fn",
-]
+INTEGERS = ("int2", "uint2", "int4", "uint4", "int8", "uint8", "int16", "uint32", "int32")
+FLOATS = ("float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn")
+DTYPES = ("bool", *INTEGERS, *FLOATS, "complex64")
 
 
 def bits(shape, dtype, seed=0):
@@ -47,10 +31,9 @@ def bits(shape, dtype, seed=0):
     dtype = jnp.dtype(dtype)
     if dtype == jnp.bool_:
         return jnp.asarray(rng.integers(0, 2, shape).astype(bool))
-    narrow = {"2": 2, "4": 4}.get(dtype.name.replace("int", "").replace("u", "")[:1])
-    if dtype.name in ("int2", "uint2", "int4", "uint4"):
-        low = 0 if dtype.name.startswith("u") else -(2 ** (narrow - 1))
-        return jnp.asarray(rng.integers(low, low + 2**narrow, shape), dtype)
+    if dtype.name in INTEGERS:
+        info = jnp.iinfo(dtype)
+        return jnp.asarray(rng.integers(info.min, info.max, shape, endpoint=True), dtype)
     if dtype.name == "float4_e2m1fn":
         return jax.lax.bitcast_convert_type(bits(shape, "uint4", seed), dtype)
     raw = rng.integers(0, 256, (*shape, dtype.itemsize), np.uint8)
@@ -243,6 +226,8 @@ def test_a_builder_makes_the_template_from_config_and_recipe(tmp_path):
 def test_a_metadata_value_that_is_not_json_is_named_before_anything_is_written(tmp_path):
     with pytest.raises(TypeError, match="position of a checkpoint must be JSON"):
         keep(tmp_path, {"w": jnp.ones(2)}, position={"index": np.int64(3)})
+    with pytest.raises(ConfigError, match="at least 0, got -1"):
+        keep(tmp_path, {"w": jnp.ones(2)}, step=-1)
     with pytest.raises(TypeError, match="a checkpoint holds arrays and scalars, f is of type"):
         keep(tmp_path, {"f": object()})
     assert steps(tmp_path) == ()

@@ -1,0 +1,36 @@
+"""A rule that names something unknown is refused with the nearest name."""
+
+import jax
+import pytest
+
+from effjax.errors import ConfigError
+from effjax.parallel import DEFAULT, MeshConfig, batch_sharding, make_mesh, override
+from effjax.parallel.shard import shardings
+from effjax.weights import Axes
+
+
+def test_an_override_changes_only_what_it_names():
+    rules = override({"embed": None, "heads": "fsdp", "batch": ("data",)})
+    assert (rules["embed"], rules["heads"], rules["batch"]) == ((), ("fsdp",), ("data",))
+    assert {k for k in DEFAULT if rules[k] != DEFAULT[k]} == {"embed", "heads", "batch"}
+    assert override({"mlp": None}, rules)["heads"] == ("fsdp",)
+
+
+def test_an_unknown_logical_axis_is_refused():
+    with pytest.raises(ConfigError, match=r"no rule for .*'embd'; did you mean 'embed'"):
+        override({"embd": None})
+    w, axes = jax.ShapeDtypeStruct((8, 8), "float32"), Axes(("embed",), ("head_s",))
+    with pytest.raises(ConfigError, match=r"^a/w: no rule for .*'head_s'; did you mean 'heads'"):
+        shardings({"a": {"w": w}}, {"a": {"w": axes}}, make_mesh(MeshConfig()))
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ("tensr", r"the rule for 'mlp' names the mesh axis 'tensr'.*did you mean 'tensor'"),
+        (("data", "data"), r"the rule for 'mlp' names a mesh axis twice"),
+    ],
+)
+def test_a_rule_must_fit_the_mesh(axes, message):
+    with pytest.raises(ConfigError, match=message):
+        batch_sharding(make_mesh(MeshConfig()), override({"mlp": axes}))
