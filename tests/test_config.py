@@ -1,6 +1,7 @@
 """Configurations: the round trip, and the config law (every field x every invalid value)."""
 
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -371,3 +372,66 @@ def test_importing_the_module_needs_the_standard_library_only():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+MEMBERS = {
+    "CompareConfig": "effjax.select.comparison",
+    "DecoderConfig": "effjax.models.configs",
+    "GenerateConfig": "experiments.generate",
+    "MeshConfig": "effjax.parallel.mesh",
+    "PretrainConfig": "experiments.pretrain",
+    "SamplingConfig": "effjax.inference.sampling",
+    "Training": __name__,
+}
+"""Every configuration that a command or a model is built from; a new one is entered here."""
+
+NEGATIVE = {"MeshConfig.data"}
+"""The fields in which -1 is a value."""
+
+
+def parts(cls: Any):
+    """The class and every configuration within it."""
+    yield cls
+    for kind in typing.get_type_hints(cls).values():
+        if dataclasses.is_dataclass(kind):
+            yield from parts(kind)
+
+
+def unrefused(cls: Any):
+    """The fields and values that a class's constructor takes though none may hold them."""
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            values = [None, 3, {}, "x"]
+        else:
+            number = kind in (int, float, int | None, float | None)
+            values = [*wrong_values(kind), *([-1] if number else [])]
+        for value in values:
+            if value == -1 and f"{cls.__name__}.{name}" in NEGATIVE:
+                continue
+            try:
+                cls(**{name: value})
+            except ConfigError as error:
+                if name in str(error) and "\n" not in str(error):
+                    continue
+            yield f"{cls.__name__}.{name} = {value!r}"
+
+
+def check_class(cls: Any) -> None:
+    """The config law for a class: constructor, file, unknown keys, round trip."""
+    assert [bad for part in parts(cls) for bad in unrefused(part)] == []
+    default = cls()
+    assert from_json(cls, json.loads(json.dumps(to_json(default)))) == default
+    assert digest(default) == digest(cls())
+    for part in {part.__name__: part for part in parts(cls)}.values():
+        with pytest.raises(ConfigError, match=r"unknown key 'nonesuch'"):
+            from_json(part, {"nonesuch": 1})
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_the_config_law_holds_for_every_member(name):
+    check_class(getattr(importlib.import_module(MEMBERS[name]), name))
+
+
+def test_the_law_for_classes_catches_one_that_does_not_validate():
+    with pytest.raises(AssertionError, match=r"Loose.steps = '100'"):
+        check_class(Loose)

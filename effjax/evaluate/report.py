@@ -44,9 +44,10 @@ def write_report(
 ) -> None:
     """Writes the report of a comparison as one self-contained HTML page, atomically.
 
-    The first finished record is the baseline. `header` adds to, or replaces, the facts at the top,
-    which are otherwise read off it. `ties` is the difference in quality that counts as a tie, by
-    default the baseline's spread over its seeds. `sample` is text that a model wrote.
+    The first finished record is the baseline; its repeats have its method and recipe and another
+    seed. `header` is the facts at the top (device, versions, text and digest, budget), by default
+    those that the baseline's record tells. `ties` is the difference in quality that counts as a
+    tie, by default the baseline's spread over its seeds. `sample` is text that a model wrote.
 
     Raises EffjaxError where the page cannot be written, ConfigError for a metric that has no
     direction.
@@ -113,7 +114,7 @@ def _text(text: object) -> str:
 
 def _head(records: Sequence[Record], title: str, header: Mapping[str, str]) -> str:
     first = records[baseline(records) or 0] if records else None
-    facts = {**(_facts(first) if first else {}), **header}
+    facts = header or (_facts(first) if first else {})
     ran = sum(record.status.finished for record in records)
     lead = f"{ran} of {len(records)} rows finished." if ran < len(records) else f"{ran} rows."
     items = "".join(f"<div>{_tag('dt', k)}{_tag('dd', v)}</div>" for k, v in facts.items())
