@@ -72,7 +72,8 @@ def trainable_line(trainable: int, total: int) -> str:
 def _bar(label: str, steps: int, begin: int) -> tuple[Any, Any]:
     if not sys.stdout.isatty():
         return None, None
-    from rich.progress import BarColumn, Progress as Bar, TextColumn
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bar
 
     bar = Bar(BarColumn(bar_width=20), TextColumn("{task.description}"), transient=True)
     bar.start()

@@ -1,7 +1,6 @@
 """A Switch mixture of experts in place of the dense network."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from effjax.models.configs import DecoderConfig

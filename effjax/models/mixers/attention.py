@@ -3,7 +3,6 @@
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from effjax.models.configs import AttentionConfig, DecoderConfig
@@ -66,12 +65,11 @@ class Attention(nnx.Module):
                 q_segments=segments,
                 k_segments=segments,
                 aligned=context.aligned,
+                ordered=True,
             )
         else:
             state = write_cache(state, k, v, positions, segments)
-            y = read_cache(
-                state, q, pattern=self.pattern, positions=positions, segments=segments
-            )
+            y = read_cache(state, q, pattern=self.pattern, positions=positions, segments=segments)
         return self.o(y), state, {}
 
 

@@ -56,7 +56,7 @@ class Retention(nnx.Module):
     ) -> tuple[jax.Array, Tree, dict[str, jax.Array]]:
         q = rope(self.q(x), context.positions, base=self.base)
         k = rope(self.k(x), context.positions, base=self.base)
-        y, new = retention(
+        y, state = retention(
             q,
             k * k.shape[-1] ** -0.5,
             self.v(x),
@@ -67,4 +67,4 @@ class Retention(nnx.Module):
             chunk=self.chunk,
         )
         y = rms_norm(y, jnp.ones(y.shape[-1]))
-        return self.o(jax.nn.silu(self.gate(x)) * y), None if state is None else new, {}
+        return self.o(jax.nn.silu(self.gate(x)) * y), state, {}

@@ -1,6 +1,7 @@
 """The key-value cache: slots that are written, rolled over and read, for any pattern."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +24,15 @@ class Cache:
     count: int32 [B], live tokens seen so far. The next token's slot is `count % S`: a slot follows
         from the number of tokens, not from positions, which restart with each packed document.
     piece: static, the longest piece that may be written at once.
+
+    Fields are arrays, or what stands for them in a tree: abstract arrays, shardings, `None`.
     """
 
-    k: jax.Array
-    v: jax.Array
-    positions: jax.Array
-    segments: jax.Array
-    count: jax.Array
+    k: Any
+    v: Any
+    positions: Any
+    segments: Any
+    count: Any
     piece: int = field(metadata={"static": True})
 
 

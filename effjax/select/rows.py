@@ -1,0 +1,266 @@
+"""The rows of a comparison: train or transform a decoder, then measure it like every other."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+
+from effjax.config import digest
+from effjax.cost import clock, flops
+from effjax.cost.energy import Energy as Joules
+from effjax.cost.energy import EnergyMeter, carbon
+from effjax.cost.memory import Memory
+from effjax.cost.peaks import peaks
+from effjax.data.documents import Corpus
+from effjax.data.loader import ArrayLoader
+from effjax.data.packing import Packed, pack_corpus
+from effjax.data.tokenizers import ByteTokenizer
+from effjax.evaluate import measure, record
+from effjax.evaluate.record import Record
+from effjax.inference.state_size import state_bytes
+from effjax.models.configs import DecoderConfig
+from effjax.models.decoder import decoder
+from effjax.select.decoder_flops import training_flops
+from effjax.select.equal_flops import Plan, steps
+from effjax.training.loop import TrainConfig, compile_step, start, train
+from effjax.training.progress import Progress, trainable_line
+from effjax.weights import Tree
+
+Log = Callable[..., None]
+
+CONTEXT, NEW_TOKENS, PROMPTS, ROUNDS = 128, 64, 4, 3
+"""What generation is timed by: prompts of 128 tokens, 64 new ones, 4 rows, 3 interleaved rounds."""
+
+SCORED_ROWS = 96
+"""Rows of held-out text that are scored, evenly spread over it."""
+
+
+class Text:
+    """A corpus of bytes, split by file into rows to learn and rows to score."""
+
+    def __init__(self, corpus: Corpus, length: int):
+        learned, held_out = corpus.split()
+        tokenizer = ByteTokenizer()
+        self.corpus = corpus
+        self.learned: Packed = pack_corpus(learned, tokenizer, length)
+        self.held_out: Packed = pack_corpus(held_out, tokenizer, length)
+
+    @property
+    def summary(self) -> record.Corpus:
+        """The corpus as a record names it."""
+        return record.Corpus(self.corpus.name, self.corpus.digest, self.corpus.bytes)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training a row took; `hardware` is one step, counted."""
+
+    plan: Plan
+    hardware: flops.Flops
+    trainable: int
+    compile: float
+    seconds: tuple[float, ...]
+    memory: Memory
+    energy: Joules
+
+
+class Row(NamedTuple):
+    """A finished row: its parameters, its record and the seconds that training took of it."""
+
+    params: Tree
+    record: Record
+    training_seconds: float
+
+
+def fit(
+    name: str,
+    model: DecoderConfig,
+    setting: TrainConfig,
+    text: Text,
+    budget: float,
+    log: Log,
+    **options: Any,
+) -> tuple[Tree, Training]:
+    """Trains a decoder for a budget of model FLOPs; `options` go to `training.loop.start`.
+
+    Raises ConfigError where the budget does not pay for one step.
+    """
+    per_token = training_flops(model, setting.length)
+    plan = steps(name, budget, per_token, setting.tokens_per_step)
+    loader = ArrayLoader(text.learned, setting.batch, setting.seed)
+    run = start(model, setting, plan.steps, **options)
+    first = loader.batch_at(0)
+    hardware = flops.count(run.step, run.state, first)
+    compiled = compile_step(run, first)
+    trainable, total = (_numbers(tree) for tree in (run.state.trainable, run.state.params))
+    if trainable < total:
+        print(trainable_line(trainable, total))
+    peak = peaks().matmul_float32
+    tokens = setting.tokens_per_step
+    progress = Progress(name, plan.steps, tokens, flops_per_step=hardware.total, peak=peak)
+    seconds: list[float] = []
+
+    def observe(number: int, _: Any, metrics: dict[str, float], took: float) -> None:
+        seconds.append(took)
+        log(row=name, step=number, seconds=took, **metrics)
+        progress.update(number, metrics["nats"])
+
+    with EnergyMeter() as meter, progress:
+        state = train(run.state, compiled.step, loader, run.mesh, until=plan.steps, observe=observe)
+    training = Training(
+        plan,
+        hardware,
+        trainable,
+        compiled.seconds,
+        tuple(seconds),
+        compiled.memory,
+        meter.energy,
+    )
+    return state.params, training
+
+
+class Laboratory:
+    """Measures rows of one comparison alike, their speed beside one reference model's.
+
+    run: the comparison's name. config: what it was asked for, whose digest every record carries.
+    """
+
+    def __init__(self, run: str, config: Any, seed: int):
+        self.run, self.digest, self.seed = run, digest(config), seed
+        self.reference: tuple[Callable, float] | None = None
+
+    def measured(
+        self,
+        name: str,
+        model: DecoderConfig,
+        params: Tree,
+        text: Text,
+        *,
+        length: int,
+        batch: int,
+        seed: int | None = None,
+        recipe: Sequence[Any] = (),
+        training: Training | None = None,
+        base: Record | None = None,
+    ) -> Record:
+        """The record of a model: of a training, or of what was made of `base` without any."""
+        apply = decoder(model).apply
+        scored = measure.score(apply, params, text.held_out, rows=SCORED_ROWS, batch=batch)
+        quality = record.Quality(
+            "bits_per_byte",
+            scored.value,
+            scored.low,
+            scored.high,
+            (self.seed if seed is None else seed,),
+        )
+        state = state_bytes(apply, params)
+        made = Record(
+            run=self.run,
+            method=name,
+            config_digest=self.digest,
+            corpus=text.summary,
+            seed=self.seed if seed is None else seed,
+            device=measure.this_device(),
+            versions=measure.versions(),
+            quality=quality,
+            recipe=tuple(recipe),
+            params=record.Parameters(
+                _numbers(params), training.trainable if training is not None else 0
+            ),
+            bytes=measure.storage(params),
+            state_bytes=record.StateBytes(state.fixed, float(state.per_token)),
+            reasons={"*": "not measured yet"},
+        )
+        per_token = measure.decode_flops(apply, params, length)
+        rate = self._speed(apply, params)
+        groups = _trained(training, length, batch) if training else _untrained(base)
+        groups["flops"] = replace(groups["flops"], per_token=float(per_token.total))
+        groups["time"] = replace(groups["time"], tokens_per_s_generate=rate, rounds=ROUNDS)
+        return replace(made, **groups)
+
+    def refer_to(self, model: DecoderConfig, params: Tree, measured: Record) -> None:
+        """Takes a model that an earlier run has measured as the reference of speed."""
+        rate = measured.time.tokens_per_s_generate
+        if rate is not None:
+            self.reference = (_generation(decoder(model).apply, params), rate)
+
+    def skipped(self, name: str, text: Text, seed: int, why: str) -> Record:
+        """The record of a row that was not made: no figures, and the reason."""
+        return Record(
+            run=self.run,
+            method=name,
+            config_digest=self.digest,
+            corpus=text.summary,
+            seed=seed,
+            device=measure.this_device(),
+            versions=measure.versions(),
+            quality=record.Quality("bits_per_byte"),
+            status=record.Status(finished=False, reason=why),
+            reasons={"*": why},
+        )
+
+    def _speed(self, apply: Callable, params: Tree) -> float:
+        """Tokens/s of generation: the reference's, times how much faster this is in turns with it."""
+        thunk = _generation(apply, params)
+        if self.reference is None:
+            timing = clock.measure(thunk, rounds=ROUNDS)
+            self.reference = (thunk, PROMPTS * NEW_TOKENS / timing.wall.median)
+            return self.reference[1]
+        ratio, _ = measure.relative_speed(thunk, self.reference[0], rounds=ROUNDS)
+        return self.reference[1] * ratio.median
+
+
+def _generation(apply: Callable, params: Tree) -> Callable:
+    return measure.generation(apply, params, batch=PROMPTS, prompt=CONTEXT, new_tokens=NEW_TOKENS)
+
+
+def _trained(training: Training, length: int, batch: int) -> dict[str, Any]:
+    spread = clock.Spread.of(training.seconds)
+    joules, grams = training.energy, carbon(training.energy)
+    reasons = {}
+    if joules.joules is None:
+        reasons |= {"energy": joules.source, "carbon": grams.source}
+    if training.memory.temporaries is None:
+        reasons["memory"] = training.memory.source
+    steps_run = len(training.seconds)
+    return {
+        "flops": record.Flops(
+            train_model=training.plan.flops,
+            train_hardware=training.hardware.total * steps_run,
+            unknown=training.hardware.unknown,
+        ),
+        "memory": record.Memory(
+            training.memory.temporaries, training.memory.arguments, training.memory.source
+        ),
+        "time": record.Time(
+            compile=training.compile,
+            step_median=spread.median,
+            step_spread=spread.high - spread.low,
+            tokens_per_s_train=batch * length / spread.median,
+        ),
+        "energy": record.Energy(joules.joules, joules.low, joules.high, _source(joules)),
+        "carbon": record.Carbon(grams.grams, grams.low, grams.high),
+        "reasons": reasons,
+    }
+
+
+def _untrained(base: Record | None) -> dict[str, Any]:
+    """A transform's groups: its model's training was the base's, and it has none of its own."""
+    why = "made from the baseline without training"
+    return {
+        "flops": base.flops if base is not None else record.Flops(),
+        "memory": record.Memory(),
+        "time": record.Time(),
+        "energy": record.Energy(),
+        "carbon": record.Carbon(),
+        "reasons": dict.fromkeys(("memory", "time", "energy", "carbon"), why),
+    }
+
+
+def _source(joules: Joules) -> str | None:
+    return None if joules.kind is None else f"{joules.kind}: {joules.source}"
+
+
+def _numbers(tree: Tree) -> int:
+    return sum(v.size for v in jax.tree.leaves(tree))

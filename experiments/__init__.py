@@ -1,0 +1,1 @@
+"""One question per file: each imports, runs and shows, and defines nothing that others need."""
