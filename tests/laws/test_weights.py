@@ -1,0 +1,583 @@
+"""The laws of every weight leaf, over every shape in which a model uses a weight.
+
+A leaf enters the table `LEAVES` once; `USES` are the ways activations meet it. Every case is a
+stack of two layers, so that slicing, scanning and mapping a stacked leaf are tried with each law.
+"""
+
+import dataclasses
+import functools
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+import effjax
+from effjax.weights import (
+    Axes,
+    Factored,
+    LowRank,
+    Masked,
+    Quantized,
+    SemiStructured,
+    Weight,
+    combine,
+    contract_dense,
+    dense,
+    is_weight,
+    leaf,
+    named,
+    partition,
+    project,
+)
+from effjax.weights.weight import take_dense
+
+LAYERS = 2
+
+
+class Use(NamedTuple):
+    axes: Axes
+    shape: tuple[int, ...]
+    spec: str
+    x: tuple[int, ...]
+
+
+USES = {
+    "matrix": Use(Axes(("embed",), ("ff",)), (8, 12), "btd,df->btf", (2, 3, 8)),
+    "to heads": Use(Axes(("embed",), ("heads", "head")), (8, 2, 4), "btd,dnh->btnh", (2, 3, 8)),
+    "from heads": Use(
+        Axes(("heads", "head"), ("embed",)), (2, 4, 8), "btnh,nhd->btd", (2, 3, 2, 4)
+    ),
+    "experts": Use(
+        Axes(("embed",), ("ff",), ("experts",)), (3, 8, 4), "becd,edf->becf", (2, 3, 5, 8)
+    ),
+    "attend": Use(Axes(("vocab",), ("embed",), lookup=True), (12, 8), "btd,vd->btv", (2, 3, 8)),
+}
+
+
+def random_array(rng, axes, shape):
+    return jnp.asarray(rng.normal(size=shape).astype(np.float32))
+
+
+def scale_shape(axes, shape, group=None):
+    """One scale per output channel (row of a lookup), or one per `group` along the group axis."""
+    sizes, lead = list(shape), len(axes.batch)
+    if group:
+        axis = -1 if axes.lookup else -len(axes.outputs) - 1
+        sizes[axis] //= group
+        return tuple(sizes)
+    inputs = range(lead, lead + len(axes.inputs))
+    shared = [i for i in range(lead, len(shape)) if (i in inputs) != axes.lookup]
+    return tuple(1 if i in shared else n for i, n in enumerate(sizes))
+
+
+def quantized(bits, group=None, affine=False):
+    def build(rng, axes, shape):
+        top, dtype = 2 ** (bits - 1) - 1, {8: jnp.int8, 4: jnp.int4}[bits]
+        blocks = scale_shape(axes, shape, group)
+        scale = jnp.asarray(rng.uniform(0.5, 1.5, blocks).astype(np.float32) / top)
+        codes = jnp.asarray(rng.integers(-top, top + 1, shape), dtype)
+        zero = jnp.asarray(rng.integers(-top, top + 1, blocks), dtype) if affine else None
+        return Quantized(codes, scale, zero)
+
+    return build
+
+
+def factors(rng, axes, shape, rank):
+    """(a, b) of a product of the given rank."""
+    cut = len(axes.batch) + len(axes.inputs)
+    a = 0.5 * random_array(rng, axes, (*shape[:cut], rank))
+    return a, 0.5 * random_array(rng, axes, (*shape[: len(axes.batch)], rank, *shape[cut:]))
+
+
+def factored(rng, axes, shape):
+    return Factored(*factors(rng, axes, shape, 3), len(axes.inputs))
+
+
+def low_rank(base):
+    def build(rng, axes, shape):
+        scale = jnp.asarray(rng.uniform(0.5, 2, shape[: len(axes.batch)]).astype(np.float32))
+        parts = factors(rng, axes, shape, 2)
+        return LowRank(base(rng, axes, shape), *parts, scale, len(axes.inputs))
+
+    return build
+
+
+def masked(base):
+    def build(rng, axes, shape):
+        return Masked(base(rng, axes, shape), jnp.asarray(rng.random(shape) < 0.6))
+
+    return build
+
+
+def semi_structured(rng, axes, shape):
+    axis = -1 if axes.lookup else -len(axes.outputs) - 1
+    half, quarter = list(shape), list(shape)
+    half[axis], quarter[axis] = shape[axis] // 2, shape[axis] // 4
+    pairs = np.array([i + 4 * j for i in range(4) for j in range(i + 1, 4)])
+    index = jnp.asarray(pairs[rng.integers(0, 6, quarter)], jnp.uint4)
+    return SemiStructured(random_array(rng, axes, half), index, axis)
+
+
+LEAVES = {
+    "array": random_array,
+    "int8": quantized(8),
+    "int4 groups": quantized(4, group=4),
+    "int4 affine groups": quantized(4, group=4, affine=True),
+    "low rank": low_rank(random_array),
+    "factored": factored,
+    "masked": masked(random_array),
+    "2:4": semi_structured,
+}
+NESTED = {
+    "low rank on int4": low_rank(quantized(4)),
+    "low rank on masked": low_rank(masked(random_array)),
+    "low rank on 2:4": low_rank(semi_structured),
+    "low rank on low rank": low_rank(low_rank(random_array)),
+    "masked int8": masked(quantized(8)),
+}
+ALL = LEAVES | NESTED
+CASES = [(kind, use) for kind in LEAVES for use in USES]
+CASES += [(kind, "from heads") for kind in NESTED]
+THOROUGH = ("from heads", "experts")
+
+
+@functools.cache
+def make(kind, use):
+    """A stack of two random weights, as the leaf `kind`, and its axes."""
+    rng, use = np.random.default_rng(7), USES[use]
+    return ALL[kind](rng, use.axes.stacked(), (LAYERS, *use.shape)), use.axes.stacked()
+
+
+def activations(use, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(1).normal(size=USES[use].x), dtype)
+
+
+def naive(w):
+    """The dense equivalent in float64 numpy, sharing no code with `materialize`."""
+    if not is_weight(w):
+        return np.asarray(w, np.float64)
+    if isinstance(w, Quantized):
+        codes = np.asarray(w.codes.astype(jnp.int32), np.float64)
+        zero = 0 * w.scale if w.zero is None else w.zero.astype(jnp.int32)
+        return (codes - spread(zero, codes.shape)) * spread(w.scale, codes.shape)
+    if isinstance(w, Masked):
+        return np.asarray(w.mask, np.float64) * naive(w.base)
+    if isinstance(w, SemiStructured):
+        return naive_fours(w)
+    lead = w.a.ndim - 1 - w.num_inputs
+    a, b = np.asarray(w.a, np.float64), np.asarray(w.b, np.float64)
+    entries = zip(a.reshape(-1, *a.shape[lead:]), b.reshape(-1, *b.shape[lead:]), strict=True)
+    product = np.stack([np.tensordot(x, y, 1) for x, y in entries])
+    product = product.reshape(*a.shape[:-1], *b.shape[lead + 1 :])
+    if isinstance(w, Factored):
+        return product
+    scale = np.asarray(w.scale, np.float64)
+    return naive(w.base) + scale.reshape(scale.shape + (1,) * (product.ndim - lead)) * product
+
+
+def spread(blocks, shape):
+    index = np.indices(shape)
+    sizes = np.array(shape) // np.array(blocks.shape)
+    return np.asarray(blocks, np.float64)[tuple(i // s for i, s in zip(index, sizes, strict=True))]
+
+
+def naive_fours(w):
+    values = np.moveaxis(np.asarray(w.values, np.float64), w.axis, -1)
+    index = np.moveaxis(np.asarray(w.index.astype(jnp.int32)), w.axis, -1)
+    full = np.zeros((*values.shape[:-1], 2 * values.shape[-1]))
+    for place in np.ndindex(index.shape):
+        *lead, group = place
+        code = int(index[place])
+        full[(*lead, 4 * group + code % 4)] = values[(*lead, 2 * group)]
+        full[(*lead, 4 * group + code // 4)] = values[(*lead, 2 * group + 1)]
+    return np.moveaxis(full, -1, w.axis)
+
+
+def close(got, wanted, tolerance):
+    got, wanted = (np.asarray(v, np.float64) for v in (got, wanted))
+    assert got.shape == wanted.shape
+    np.testing.assert_array_less(
+        np.abs(got - wanted).max() / max(1e-6, np.abs(wanted).max()), tolerance
+    )
+
+
+# Compiled without optimisation: the arithmetic is the same, the tests are quicker.
+quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def through_scan(w, x, spec):
+    return jax.lax.scan(lambda _, one: (None, effjax.einsum(spec, x, one)), None, w)[1]
+
+
+scanned = quick(through_scan, static_argnames="spec")
+
+
+@partial(quick, static_argnames="spec")
+def all_ways(trainable, frozen, x, spec):
+    """Every way to contract the layers of a stack, and the gradients of two of them."""
+
+    def through_door(trainable, x):
+        return through_scan(combine(trainable, frozen), x, spec)
+
+    def through_dense(trainable, x):
+        whole = dense(combine(trainable, frozen))
+        return jax.vmap(lambda one: contract_dense(spec, x, one))(whole)
+
+    def loss(f):
+        return lambda *args: jnp.sum(jnp.sin(f(*args)))
+
+    w = combine(trainable, frozen)
+    first = jax.tree.map(lambda v: v[0], w)
+    return {
+        "scan": through_door(trainable, x),
+        "vmap": jax.vmap(lambda one: effjax.einsum(spec, x, one))(w),
+        "slice": effjax.einsum(spec, x, first)[None],
+        "dense": through_dense(trainable, x),
+        "grads": jax.grad(loss(through_door), (0, 1))(trainable, x),
+        "dense grads": jax.grad(loss(through_dense), (0, 1))(trainable, x),
+    }
+
+
+def split(w, axes):
+    """(learned parts, the rest) of one weight."""
+    trainable, frozen = partition({"w": w}, {"w": axes})
+    return trainable["w"], frozen["w"]
+
+
+def check_contract(w, axes, use):
+    """contract == materialise == naive, under scan, vmap and slicing; gradients agree too."""
+    x, spec, whole = activations(use), USES[use].spec, naive(w)
+    assert whole.std() > 1e-3
+    wanted = np.stack([np.einsum(spec, np.asarray(x, np.float64), layer) for layer in whole])
+    if use not in THOROUGH:
+        close(scanned(w, x, spec=spec), wanted, 1e-5)
+        return
+    got = all_ways(*split(w, axes), x, spec=spec)
+    for way in ("scan", "vmap", "slice", "dense"):
+        close(got[way], wanted[: len(got[way])], 1e-5)
+    ours, theirs = (jax.tree.leaves(got[name]) for name in ("grads", "dense grads"))
+    for one, other in zip(ours, theirs, strict=True):
+        assert np.abs(np.asarray(other)).max() > 1e-3
+        close(one, other, 2e-5)
+
+
+@pytest.mark.parametrize(("kind", "use"), CASES)
+def test_contract_is_materialise_then_einsum(kind, use):
+    check_contract(*make(kind, use), use)
+
+
+@leaf
+class ScaledTooSoon(Quantized):
+    """Planted fault: the scale of the first output channel stands for all of them."""
+
+    def contract(self, spec, x):
+        return contract_dense(spec, x, self.codes * self.scale[..., :1])
+
+
+@leaf
+class Forgetful(LowRank):
+    """Planted fault: the update is right in value, but its factor a gets no gradient."""
+
+    num_inputs: int = dataclasses.field(default=1, metadata={"static": True})
+
+    def contract(self, spec, x):
+        return contract_dense(spec, x, self.replaced(a=jax.lax.stop_gradient(self.a)).materialize())
+
+
+@pytest.mark.parametrize(("kind", "wrong"), [("int8", ScaledTooSoon), ("low rank", Forgetful)])
+def test_contract_law_catches(kind, wrong):
+    w, axes = make(kind, "experts")
+    fields = {f.name: getattr(w, f.name) for f in dataclasses.fields(w)}
+    with pytest.raises(AssertionError):
+        check_contract(wrong(**fields), axes, "experts")
+
+
+def check_names(w, axes):
+    specs = named(w, axes)
+    assert jax.tree.structure(specs) == jax.tree.structure(w)
+    for spec, part in zip(jax.tree.leaves(specs), jax.tree.leaves(w), strict=True):
+        assert len(spec) == part.ndim
+        assert set(spec) <= {"rank", None, *axes.names}
+
+
+@pytest.mark.parametrize(("kind", "use"), CASES)
+def test_parts_are_named_in_the_leafs_own_structure(kind, use):
+    check_names(*make(kind, use))
+
+
+@leaf
+class NamedAsOne(Factored):
+    """Planted fault: both factors are named as if they were the whole weight."""
+
+    num_inputs: int = dataclasses.field(default=1, metadata={"static": True})
+
+    def named(self, axes):
+        return self.replaced(a=PartitionSpec(*axes.names), b=PartitionSpec(*axes.names))
+
+
+def test_name_law_catches_a_factor_named_as_the_whole():
+    w, axes = make("factored", "to heads")
+    with pytest.raises(AssertionError):
+        check_names(NamedAsOne(w.a, w.b, w.num_inputs), axes)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_shapes_need_no_values(kind):
+    (w, _), use = make(kind, "to heads"), USES["to heads"]
+    abstract = jax.eval_shape(lambda w: w, w)
+    assert tuple(abstract.shape) == tuple(w.shape) == (LAYERS, *use.shape)
+    assert abstract.dtype == w.dtype == jax.eval_shape(dense, w).dtype
+    stacked_spec = use.spec.replace(",", ",l").replace("->", "->l")
+    out = jax.eval_shape(partial(effjax.einsum, stacked_spec), activations("to heads"), abstract)
+    assert out.shape == (LAYERS, 2, 3, 2, 4)
+    assert tuple(jax.tree.map(lambda v: v[0], w).shape) == use.shape
+    if isinstance(w, Weight):
+        assert (w.ndim, w.size) == (4, np.prod(w.shape))
+
+
+def check_dtype(w):
+    spec, x = USES["from heads"].spec, activations("from heads", jnp.bfloat16)
+    layer = jax.tree.map(lambda v: v[0], w)
+    eager, compiled = effjax.einsum(spec, x, layer), scanned(w, x, spec=spec)[0]
+    assert eager.dtype == compiled.dtype == jnp.bfloat16
+    wanted = np.einsum(spec, np.asarray(x, np.float64), naive(layer))
+    for got in (eager, compiled):
+        close(got.astype(jnp.float32), wanted, 2e-2)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_activations_decide_the_dtype(kind):
+    """bfloat16 in, bfloat16 out, eager as compiled."""
+    check_dtype(make(kind, "from heads")[0])
+
+
+@leaf
+class Widens(Masked):
+    """Planted fault: the weight's dtype decides."""
+
+    def contract(self, spec, x):
+        return jnp.einsum(spec, x, self.materialize())
+
+
+def test_dtype_law_catches_a_promotion():
+    w, _ = make("masked", "from heads")
+    with pytest.raises(AssertionError):
+        check_dtype(Widens(w.base, w.mask))
+
+
+def test_the_sum_runs_in_float32():
+    """4097 ones: a bfloat16 accumulator stops at 256."""
+    n = 4096
+    x = jnp.ones((1, n), jnp.bfloat16)
+    ones = jnp.ones((n, 2))
+    codes = Quantized(jnp.ones((n, 2), jnp.int8), jnp.ones((1, 2)))
+    update = LowRank(0 * ones, jnp.ones((n, 1)), jnp.ones((1, 2)), jnp.ones(()))
+    for w in (ones, codes, update):
+        assert effjax.einsum("bd,df->bf", x, w).tolist() == [[n, n]]
+
+
+# Lookups and ties.
+
+
+@quick
+def tied(trainable, frozen, ids):
+    """Rows in, logits out, through one embedding; and the same through its dense equivalent."""
+
+    def loss(trainable, double):
+        w = combine(trainable, frozen)
+        if double:
+            w = dense(w)
+        x = effjax.take(w, ids)
+        return jnp.sum(jnp.sin(effjax.einsum("btd,vd->btv", jnp.tanh(x), w)))
+
+    rows = effjax.take(combine(trainable, frozen), ids)
+    return rows, jax.grad(loss)(trainable, False), jax.grad(loss)(trainable, True)
+
+
+def check_rows(stack, axes):
+    w, axes = jax.tree.map(lambda v: v[0], stack), axes.unstacked()
+    ids = jnp.array([[0, 3, 11], [5, 5, 12]])
+    rows, _, _ = tied(*split(w, axes), ids)
+    close(rows[0], naive(w)[np.asarray(ids[0])], 1e-6)
+    close(rows[1, :2], naive(w)[np.asarray(ids[1, :2])], 1e-6)
+    assert np.isnan(rows[1, 2]).all()
+    assert rows.dtype == w.dtype
+    _, ours, theirs = tied(*split(w, axes), ids % 12)
+    for one, other in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+        assert np.abs(np.asarray(other)).max() > 1e-3
+        close(one, other, 2e-5)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_rows_and_ties(kind):
+    """take gives the dense rows, NaN past the end; a tied weight's gradient sums both its uses."""
+    check_rows(*make(kind, "attend"))
+
+
+@leaf
+class Clamps(Quantized):
+    """Planted fault: an id past the end gives the last row."""
+
+    def take(self, ids):
+        return self.materialize()[ids]
+
+
+@leaf
+class Unties(Masked):
+    """Planted fault: the gradient of one of the two uses is lost."""
+
+    def take(self, ids):
+        return jax.lax.stop_gradient(take_dense(self.materialize(), ids))
+
+
+@pytest.mark.parametrize(("kind", "wrong"), [("int8", Clamps), ("masked", Unties)])
+def test_row_law_catches(kind, wrong):
+    w, axes = make(kind, "attend")
+    fields = {f.name: getattr(w, f.name) for f in dataclasses.fields(w)}
+    with pytest.raises(AssertionError):
+        check_rows(wrong(**fields), axes)
+
+
+# Training: what is learned, what is frozen, what stays zero.
+
+
+def model(kind="low rank on int4"):
+    """Parameters with a leaf, a plain vector and a constant, and their axes."""
+    w, axes = make(kind, "matrix")
+    params = {
+        "layer": {"kernel": w, "norm": jnp.ones((LAYERS, 12)), "decay": jnp.full((LAYERS,), 0.9)}
+    }
+    named_axes = {
+        "layer": {
+            "kernel": axes,
+            "norm": Axes(outputs=("ff",), batch=("layers",)),
+            "decay": Axes(batch=("layers",), constant=True),
+        }
+    }
+    return params, named_axes
+
+
+LEARNED = {
+    "array": 1, "int8": 0, "int4 groups": 0, "int4 affine groups": 0, "low rank": 2, "factored": 2,
+    "masked": 1, "2:4": 1, "low rank on int4": 2, "low rank on masked": 2, "low rank on 2:4": 2,
+    "low rank on low rank": 2, "masked int8": 0,
+}  # fmt: skip
+
+
+def check_partition(params, axes, learned):
+    trainable, frozen = partition(params, axes)
+    back = combine(trainable, frozen)
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    for one, other in zip(*map(jax.tree.leaves, (back, params)), strict=True):
+        assert one is other
+    assert len(jax.tree.leaves(trainable["layer"]["kernel"])) == learned
+    assert trainable["layer"]["norm"] is params["layer"]["norm"]
+    assert trainable["layer"]["decay"] is None
+    assert all(jnp.issubdtype(v.dtype, jnp.floating) for v in jax.tree.leaves(trainable))
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_partition_then_combine_is_the_identity(kind):
+    check_partition(*model(kind), LEARNED[kind])
+
+
+@leaf
+class LearnsCodes(Quantized):
+    """Planted fault: integers among the learned parts."""
+
+    learned = ("codes", "scale")
+
+
+def test_partition_law_catches_learned_integers():
+    params, axes = model("int8")
+    w = params["layer"]["kernel"]
+    params["layer"]["kernel"] = LearnsCodes(w.codes, w.scale)
+    with pytest.raises(AssertionError):
+        check_partition(params, axes, 2)
+
+
+def train(params, axes, where, steps, project, state=None):
+    """AdamW with decay on a small regression; every step's parameters, stacked."""
+    optimiser = optax.adamw(1e-2, weight_decay=0.1)
+    trainable, frozen = partition(params, axes, where)
+    fresh = optimiser.init(trainable)
+    if state is None:
+        state = fresh
+    else:  # the moments that another leaf of the same weight left behind
+        state = jax.tree.unflatten(jax.tree.structure(fresh), jax.tree.leaves(state))
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)
+    y = jnp.asarray(rng.normal(size=(LAYERS, 16, 12)), jnp.float32)
+
+    def loss(trainable):
+        layer = combine(trainable, frozen)["layer"]
+        z = jax.vmap(lambda w: effjax.einsum("bd,df->bf", x, w))(layer["kernel"])
+        z = z * layer["norm"][:, None, :] * layer["decay"][:, None, None]
+        return jnp.mean((z - y) ** 2)
+
+    def step(carry, _):
+        trainable, state = carry
+        grads = jax.grad(loss)(trainable)
+        updates, state = optimiser.update(grads, state, trainable)
+        params = project(combine(optax.apply_updates(trainable, updates), frozen))
+        return (partition(params, axes, where)[0], state), (params, grads)
+
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, None, length=steps))
+    (_, state), (history, grads) = run((trainable, state))
+    return history, grads, state
+
+
+def check_frozen(before, history, axes, where):
+    """L18: outside the trainable filter nothing changed in a bit; inside everything moved."""
+    after = jax.tree.map(lambda v: v[-1], history)
+    _, old = partition(before, axes, where)
+    trained, new = partition(after, axes, where)
+    for one, other in zip(*map(jax.tree.leaves, (old, new)), strict=True):
+        assert np.array_equal(np.asarray(one), np.asarray(other))
+    start, _ = partition(before, axes, where)
+    for one, other in zip(*map(jax.tree.leaves, (start, trained)), strict=True):
+        assert not np.any(np.asarray(one) == np.asarray(other))
+
+
+def test_freezing_is_bitwise():
+    params, axes = model("low rank on int4")
+    history, grads, _ = train(params, axes, "layer/kernel", 100, project)
+    check_frozen(params, history, axes, "layer/kernel")
+    assert all(np.abs(np.asarray(g)).max() > 1e-6 for g in jax.tree.leaves(grads))
+
+
+def test_freeze_law_catches_a_decayed_weight():
+    params, axes = model("low rank on int4")
+    history, _, _ = train(params, axes, "layer/*", 2, project)
+    with pytest.raises(AssertionError):
+        check_frozen(params, history, axes, "layer/kernel")
+
+
+def pruned_run(project):
+    """Trains dense, prunes, trains on with the moments kept: mask, stored bases, dense weights."""
+    params, axes = model("array")
+    _, _, state = train(params, axes, "layer/kernel", 10, project)
+    w = params["layer"]["kernel"]
+    mask = jnp.abs(w) > 0.7
+    pruned = {"layer": params["layer"] | {"kernel": Masked(jnp.where(mask, w, 0), mask)}}
+    history, _, _ = train(pruned, axes, "layer/kernel", 100, project, state)
+    kernel = history["layer"]["kernel"]
+    return np.asarray(mask), np.asarray(kernel.base), np.asarray(jax.vmap(dense)(kernel))
+
+
+def test_pruned_weights_stay_zero():
+    mask, bases, _ = pruned_run(project)
+    assert bases.shape[0] == 100
+    assert np.all(bases[:, ~mask] == 0)
+    assert np.all(bases[-1][mask] != 0)
+
+
+def test_pruning_law_catches_a_step_without_project():
+    mask, bases, whole = pruned_run(lambda params: params)
+    assert np.abs(bases[:, ~mask]).max() > 1e-3
+    assert np.all(whole[:, ~mask] == 0)  # the leaf masks what it shows even then
