@@ -4,12 +4,22 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-from effjax.evaluate.columns import DASH, Column, columns
-from effjax.evaluate.fronts import AXES, Front, fronts, marks, names
+from effjax.evaluate.columns import COLUMNS, DASH, columns
+from effjax.evaluate.fronts import AXES, fronts, marks, names
 from effjax.evaluate.record import Record
 
-NARROW = ("value", "stored", "stored, saving simulated", "FLOPs/token", "tokens/s")
-"""The columns that a terminal has room for; the page has all of them."""
+TITLES = {
+    ("quality", "value"): "quality",
+    ("size", "stored"): "stored",
+    ("size", "stored, saving simulated"): "simulated",
+    ("generation", "FLOPs/token"): "FLOPs/token",
+    ("generation", "tokens/s"): "made/s",
+    ("generation", "state"): "state",
+    ("training", "tokens/s"): "trained/s",
+}
+"""The columns that a terminal has room for, the most wanted first; the page has all of them."""
+
+GAP = "  "
 
 
 def table(records: Sequence[Record], ties: float | None = None) -> str:
@@ -17,24 +27,19 @@ def table(records: Sequence[Record], ties: float | None = None) -> str:
 
     Skipped rows follow with their reasons. `ties` is as in `fronts`.
     """
-    shown, rows = _shown(records), _rows(records, ties)
-    titles = ["on front", "method", *(_title(column) for column in shown)]
-    widths = [max(map(len, cells)) for cells in zip(titles, *rows, strict=True)]
+    titles, *rows = _grid(records, ties)
+    widths = _widths([titles, *rows])
     lines = [titles, ["-" * width for width in widths], *rows]
-    text = [
-        "  ".join(
-            cell.ljust(width) if at < 2 else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    return "\n".join([*text, *notes(records)])
+    return "\n".join([*(_aligned(line, widths) for line in lines), *notes(records)])
 
 
 def print_table(
     records: Sequence[Record], ties: float | None = None, file: TextIO | None = None
 ) -> None:
-    """Prints the table: drawn by rich on a terminal, as `table`'s plain text elsewhere."""
+    """Prints the table: drawn by rich on a terminal, as `table`'s plain text elsewhere.
+
+    A terminal that is too narrow for all columns gets as many as fit whole.
+    """
     out = sys.stdout if file is None else file
     if not out.isatty():
         print(table(records, ties), file=out)
@@ -43,51 +48,67 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(box=None, header_style="bold", pad_edge=False)
-    drawn.add_column("on front")
-    drawn.add_column("method")
-    for column in _shown(records):
-        drawn.add_column(_title(column), justify="right")
-    for row in _rows(records, ties):
+    console = Console(file=out)
+    titles, *rows = _fitting(_grid(records, ties), console.width)
+    drawn = Table(box=None, header_style="bold", pad_edge=False, padding=(0, len(GAP), 0, 0))
+    for at, title in enumerate(titles):
+        drawn.add_column(title, justify="left" if at < 2 else "right", no_wrap=at != 1)
+    for row in rows:
         # Text, not markup: a method's name is never an instruction to the terminal.
         drawn.add_row(*map(Text, row), style="bold" if row[0] else None)
-    console = Console(file=out)
     console.print(drawn)
     for note in notes(records):
         console.print(Text(note), style="dim")
 
 
 def notes(records: Sequence[Record]) -> list[str]:
-    """Lists what the table leaves out: what the marks mean, and the rows that did not run."""
-    legend = ", ".join(f"{axis.key} {axis.title}" for axis in AXES[:3])
+    """Lists what the table leaves out: what its heads and marks mean, and what did not run."""
+    legend = ", ".join(f"{axis.key} = {axis.title}" for axis in AXES[:3])
+    metrics = sorted({_plain(r.quality.name).replace("_", " ") for r in records})
     skipped = [r for r in records if not r.status.finished]
     return [
-        f"on front: no row beats it in quality and {legend}",
+        f"front: no row beats it in quality ({', '.join(metrics)}) and {legend}",
+        "made/s, trained/s: tokens per second, generating and training",
         *(f"not run: {_plain(r.method)}: {_plain(r.status.reason)}" for r in skipped),
     ]
 
 
-def _shown(records: Sequence[Record]) -> list[Column]:
-    finished = [record for record in records if record.status.finished]
-    return [column for column in columns(finished) if column.title in NARROW]
-
-
-def _title(column: Column) -> str:
-    return column.title if column.title != "tokens/s" else f"tokens/s, {column.group}"
-
-
-def _rows(records: Sequence[Record], ties: float | None) -> list[list[str]]:
-    found: list[Front] = fronts(records, ties)
-    shown, named = _shown(records), names(records)
-    return [
+def _grid(records: Sequence[Record], ties: float | None) -> list[list[str]]:
+    """The titles, and the cells of every finished row."""
+    known = columns([record for record in records if record.status.finished])
+    places = {(c.group, c.title): c for c in COLUMNS}
+    shown = [(places[key], title) for key, title in TITLES.items() if places[key] in known]
+    found, named = fronts(records, ties), names(records)
+    rows = [
         [
             marks(found, i),
             _plain(named[i]),
-            *(DASH if (cell := c.cell(record)) is None else cell for c in shown),
+            *(DASH if (cell := column.cell(record)) is None else cell for column, _ in shown),
         ]
         for i, record in enumerate(records)
         if record.status.finished
     ]
+    return [["front", "method", *(title for _, title in shown)], *rows]
+
+
+def _widths(grid: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, cells)) for cells in zip(*grid, strict=True)]
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
+    cells = [
+        cell.ljust(width) if at < 2 else cell.rjust(width)
+        for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+    ]
+    return GAP.join(cells).rstrip()
+
+
+def _fitting(grid: Sequence[Sequence[str]], width: int) -> list[Sequence[str]]:
+    """The grid less its last columns, so that no figure is cut; the first three always stay."""
+    kept = len(grid[0])
+    while kept > 3 and sum(_widths(grid)[:kept]) + len(GAP) * kept > width:
+        kept -= 1
+    return [line[:kept] for line in grid]
 
 
 def _plain(text: str) -> str:

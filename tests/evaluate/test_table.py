@@ -49,7 +49,7 @@ def test_plain_text_is_aligned_and_whole(records, unfinished):
     text = table([*records, unfinished])
     head, rule, *rows = text.splitlines()
     assert set(rule) == {"-", " "}
-    assert head.startswith("on front  method")
+    assert head.startswith("front  method")
     starts = [i for i in range(1, len(rule)) if rule[i - 1] == " " and rule[i] == "-"]
     for line in rows[: len(records)]:
         assert all(line[i - 2 : i] == "  " for i in starts if i < len(line))
@@ -74,10 +74,22 @@ def test_a_stream_gets_plain_text_and_a_terminal_gets_rich(records):
     assert "switch" in drawn.getvalue()
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 110, 200])
+def test_a_narrow_terminal_cuts_columns_and_never_figures(records, width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    drawn = Terminal()
+    print_table(records, file=drawn)
+    text = drawn.getvalue()
+    assert "…" not in text
+    assert "2.158" in text
+    assert ("9.58 MB" in text) == (width > 40)
+    assert text.count("trained/s") == 1 + (width >= 110)
+
+
 def test_a_name_cannot_tear_the_table_or_steer_the_terminal(records):
     hostile = dataclasses.replace(records[0], method="[red]a\n\x1b[31mb[/red]")
     assert "\x1b" not in table([hostile])
-    assert len(table([hostile]).splitlines()) == 4
+    assert len(table([hostile]).splitlines()) == 5
     drawn = Terminal()
     print_table([hostile], file=drawn)
     assert "[red]" in drawn.getvalue()
@@ -85,7 +97,7 @@ def test_a_name_cannot_tear_the_table_or_steer_the_terminal(records):
 
 def test_no_rows_is_no_crash(unfinished):
     for rows in ([], [unfinished]):
-        assert table(rows).startswith("on front  method")
+        assert table(rows).startswith("front  method")
         print_table(rows, file=Terminal())
 
 
