@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from effjax.ops.feedforward.gelu import gelu_experts, gelu_feedforward
 from effjax.ops.normalization import rms_norm
-from effjax.weights import Axes, einsum, take
+from effjax.weights import AnyWeight, Axes, einsum, take
 
 Sizes = Sequence[tuple[str, int]]
 """Named sizes of consecutive axes: `(("heads", 4), ("head", 64))`."""
@@ -49,8 +49,13 @@ class Dense(nnx.Module):
             axes=Axes(_names(inputs), _names(outputs), _names(batch)),
         )
 
+    @property
+    def weight(self) -> AnyWeight:
+        """The kernel as the door takes it: an array or a leaf."""
+        return self.kernel.get_value()
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        return einsum(self.spec, x, self.kernel.get_value())
+        return einsum(self.spec, x, self.weight)
 
 
 class Embed(nnx.Module):
@@ -81,28 +86,23 @@ class Norm(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """A feed-forward network per expert: weights [E D F] and [E F D], one einsum for all."""
+    """A feed-forward network per expert: weights [E D F] and [E F D]."""
 
     def __init__(self, experts: int, width: int, hidden: int, rngs: nnx.Rngs, *, gain: float):
         one, inner, each = (("embed", width),), (("mlp", hidden),), (("experts", experts),)
-        self.up = Dense("becd,edf->becf", one, inner, rngs, batch=each)
-        self.down = Dense("becf,efd->becd", inner, one, rngs, batch=each, gain=gain)
+        self.up = Dense("ecd,edf->ecf", one, inner, rngs, batch=each)
+        self.down = Dense("ecf,efd->ecd", inner, one, rngs, batch=each, gain=gain)
 
     def __call__(self, x: Float[Array, "B E C D"]) -> Float[Array, "B E C D"]:
-        return self.down(jax.nn.gelu(self.up(x)))
+        return gelu_experts(x, self.up.weight, self.down.weight)
 
     def one(self, expert: jax.Array, rows: Float[Array, "R D"]) -> Float[Array, "R D"]:
         """The network of one expert, chosen by a traced index, on any number of rows."""
         up, down = (
             jax.tree.map(
                 lambda part: jax.lax.dynamic_index_in_dim(part, expert, keepdims=False),
-                layer.kernel.get_value(),
+                layer.weight,
             )
             for layer in (self.up, self.down)
         )
-        return einsum("rf,fd->rd", jax.nn.gelu(einsum("rd,df->rf", rows, up)), down)
-
-
-def merge_heads(x: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-    """Joins heads into one width, in the order that an output projection's rows have."""
-    return rearrange(x, "b t n h -> b t (n h)")
+        return gelu_feedforward(rows, up, down)

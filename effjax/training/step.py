@@ -77,7 +77,7 @@ def train_step(
         )
         updates, opt_state = optimizer.update(gradients, state.optimizer, state.trainable)
         trainable = _projected(optax.apply_updates(state.trainable, updates), state.frozen)
-        metrics = {**metrics, "loss": loss, "gradient_norm": optax.global_norm(gradients)}
+        metrics = {**metrics, "loss": loss, "gradient_norm": optax.tree.norm(gradients)}
         new = TrainState(state.step + 1, trainable, state.frozen, opt_state, state.key)
         return new, metrics
 

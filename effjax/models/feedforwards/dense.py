@@ -6,6 +6,7 @@ from flax import nnx
 from effjax.models.configs import DecoderConfig
 from effjax.models.context import Context
 from effjax.models.layers import Dense
+from effjax.ops.feedforward.gelu import gelu_feedforward
 
 
 class DenseFeedForward(nnx.Module):
@@ -17,4 +18,4 @@ class DenseFeedForward(nnx.Module):
         self.down = Dense("btf,fd->btd", hidden, width, rngs, gain=config.residual_gain)
 
     def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, dict]:
-        return self.down(jax.nn.gelu(self.up(x))), {}
+        return gelu_feedforward(x, self.up.weight, self.down.weight), {}

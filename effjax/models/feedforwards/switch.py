@@ -45,7 +45,7 @@ class Switch(nnx.Module):
     def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, dict]:
         live = context.positions >= 0
         logits = router_logits(
-            x, self.router.kernel.get_value(), live, noise=self.jitter, key=context.key
+            x, self.router.weight, live, noise=self.jitter, key=context.key
         )
         length, experts = x.shape[1], logits.shape[-1]
         training = context.key is not None

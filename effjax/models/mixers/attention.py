@@ -42,7 +42,7 @@ class Attention(nnx.Module):
         self, batch: int, max_length: int, piece: int, dtype: Any, memory: Any = None
     ) -> Cache:
         """An empty cache; its capacity is `max_length`, or what the window needs if that is less."""
-        heads, head_dim = self.k.kernel.get_value().shape[-2:]
+        heads, head_dim = self.k.weight.shape[-2:]
         capacity = max_length
         if isinstance(self.pattern, Window):
             capacity = min(self.pattern.width + piece - 1, max_length)

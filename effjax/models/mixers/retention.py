@@ -48,8 +48,8 @@ class Retention(nnx.Module):
         self, batch: int, max_length: int, piece: int, dtype: Any, memory: Any = None
     ) -> Tree:
         """S [B N H Hv] in float32, whatever the length."""
-        heads, key_dim = self.k.kernel.get_value().shape[-2:]
-        return retention_state(batch, heads, key_dim, self.v.kernel.get_value().shape[-1])
+        heads, key_dim = self.k.weight.shape[-2:]
+        return retention_state(batch, heads, key_dim, self.v.weight.shape[-1])
 
     def __call__(
         self, x: jax.Array, context: Context, state: Tree = None

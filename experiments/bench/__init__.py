@@ -1,0 +1,1 @@
+"""Benchmarks: ratios of CPU seconds on one pinned core, from interleaved rounds."""
