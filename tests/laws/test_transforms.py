@@ -1,0 +1,353 @@
+"""The laws of every verb, over one small tree: a tied embedding, stacked heads, stacked experts.
+
+A verb enters the table `VERB_CASES` with its arguments; a public verb without a row fails.
+"""
+
+import functools
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.errors import ConfigError
+from effjax.transforms import (
+    COMMUTE,
+    RULES,
+    VERBS,
+    apply_recipe,
+    describe,
+    lora,
+    magnitude,
+    round_to_nearest,
+    semi_structured,
+    svd,
+)
+from effjax.weights import (
+    Axes,
+    Factored,
+    LowRank,
+    Masked,
+    Quantized,
+    SemiStructured,
+    dense,
+    is_weight,
+    paths,
+)
+
+LAYERS, EXPERTS = 3, 2
+EMBED, HEADS, UP, NORM = (
+    "embed/weight",
+    "stack/runs/000/heads/kernel",
+    "stack/runs/000/experts/up",
+    "stack/runs/000/norm/scale",
+)
+UNIT_AXES = {
+    "heads": {"kernel": Axes(("embed",), ("heads", "head"))},
+    "experts": {"up": Axes(("embed",), ("ff",), ("experts",))},
+    "norm": {"scale": Axes(outputs=("embed",))},
+}
+
+
+def axes_of(params):
+    """The axes of the tree below, however its stack is cut."""
+    stacked = jax.tree.map(lambda ax: ax.stacked(), UNIT_AXES)
+    runs = dict.fromkeys(params["stack"]["runs"], stacked)
+    embed = Axes(("vocab",), ("embed",), lookup=True)
+    return {"embed": {"weight": embed}, "stack": {"runs": runs}}
+
+
+@functools.cache
+def example():
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape).astype(np.float32))
+
+    unit = {
+        "heads": {"kernel": normal(LAYERS, 8, 2, 4)},
+        "experts": {"up": normal(LAYERS, EXPERTS, 8, 4)},
+        "norm": {"scale": normal(LAYERS, 8)},
+    }
+    return {"embed": {"weight": normal(12, 8)}, "stack": {"runs": {"000": unit}}}
+
+
+VERB_CASES = {
+    "round_to_nearest": {"bits": 4, "group": 4},
+    "magnitude": {"sparsity": 0.4},
+    "semi_structured": {},
+    "svd": {"rank": 2},
+    "lora": {"rank": 2, "alpha": 3.0},
+    "merge": {},
+    "split_runs": {"at": [1]},
+    "keep_layers": {"layers": [2, 0, 0]},
+}
+WEIGHT_VERBS = [verb for verb in VERB_CASES if "runs" not in verb and "layers" not in verb]
+VALUE_VERBS = ["round_to_nearest", "magnitude", "semi_structured", "svd"]
+EXACT = ["round_to_nearest", "magnitude", "semi_structured"]
+
+
+@functools.cache
+def before(verb):
+    """A tree that the verb may meet: the example, or for `merge` one with updates."""
+    if verb != "merge":
+        return example()
+    params = lora(example(), axes_of(example()), rank=2, alpha=3.0)
+    rng = np.random.default_rng(1)
+
+    def trained(w):
+        if not is_weight(w):
+            return w
+        parts = {name: rng.normal(size=getattr(w, name).shape) for name in "ab"}
+        return w.replaced(**{name: jnp.asarray(v, jnp.float32) for name, v in parts.items()})
+
+    return jax.tree.map(trained, params, is_leaf=is_weight)
+
+
+def apply(verb, params, **arguments):
+    return VERBS[verb](params, axes_of(params), **(VERB_CASES[verb] | arguments))
+
+
+@functools.cache
+def after(verb):
+    return apply(verb, before(verb))
+
+
+def weight(params, path):
+    for name in path.split("/"):
+        params = params[name]
+    return params
+
+
+def same(one, other):
+    """Bit for bit the same tree: structure, dtypes and values, the sign of zero too."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def near(one, other, tolerance):
+    for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
+        a, b = (np.asarray(v, np.float64) for v in (a, b))
+        assert np.abs(a - b).max() <= tolerance * max(1e-6, np.abs(b).max())
+
+
+def test_every_verb_has_a_row():
+    assert set(VERB_CASES) == set(VERBS)
+    assert set(RULES) == set(WEIGHT_VERBS)
+
+
+# L37: shapes without values, stacks, order.
+
+
+@pytest.mark.parametrize("verb", VERB_CASES)
+def test_a_recipe_traces_to_the_template_of_its_result(verb):
+    """Under eval_shape the shapes, dtypes and leaf types are right, from abstract params alone."""
+    recipe = json.loads(json.dumps([{"verb": verb, **VERB_CASES[verb]}]))
+    abstract = jax.eval_shape(lambda params: params, before(verb))
+    template = jax.eval_shape(apply_recipe(recipe, axes_of), abstract)
+    result = after(verb)
+    assert jax.tree.structure(template) == jax.tree.structure(result)
+    for a, b in zip(*map(jax.tree.leaves, (template, result)), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+@pytest.mark.parametrize("verb", ["round_to_nearest", "magnitude", "lora"])
+def test_a_jitted_recipe_is_the_recipe(verb):
+    recipe = [{"verb": verb, **VERB_CASES[verb], "where": HEADS}]
+    run = apply_recipe(recipe, axes_of)
+    same(jax.jit(run)(before(verb)), run(before(verb)))
+
+
+def layer_by_layer(verb, path, index):
+    """The verb on one layer's weight alone, with unstacked axes."""
+    w, axes = weight(before(verb), path), weight(axes_of(before(verb)), path)
+    entry = jax.tree.map(lambda v: v[index], w)
+    return VERBS[verb]({"w": entry}, {"w": axes.unstacked()}, **VERB_CASES[verb])["w"]
+
+
+def check_stacked(verb, path, index):
+    got = jax.tree.map(lambda v: v[index], weight(after(verb), path))
+    alone = layer_by_layer(verb, path, index)
+    if verb in EXACT:
+        same(got, alone)
+    else:
+        near(dense(got), dense(alone), 1e-5)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in WEIGHT_VERBS if verb != "lora"])
+def test_a_stack_is_its_layers(verb):
+    """transform(stack) == stack(transform): each layer and each expert on its own."""
+    for index in range(LAYERS):
+        check_stacked(verb, HEADS, index)
+    check_stacked(verb, UP, (1, 0))
+    check_stacked(verb, UP, (2, 1))
+
+
+def test_stack_law_catches_a_scale_shared_by_layers(monkeypatch):
+    """Planted fault: layers counted among the inputs, so that one scale holds for all of them."""
+    w, axes = weight(example(), HEADS), weight(axes_of(example()), HEADS)
+    shared = {"w": Axes((*axes.batch, *axes.inputs), axes.outputs)}
+    faulty = round_to_nearest({"w": w}, shared, bits=4)["w"]
+    tree = {"stack": {"runs": {"000": {"heads": {"kernel": faulty}}}}}
+    monkeypatch.setitem(globals(), "after", lambda verb: tree)
+    monkeypatch.setitem(VERB_CASES, "round_to_nearest", {"bits": 4})
+    with pytest.raises(AssertionError):
+        check_stacked("round_to_nearest", HEADS, 1)
+
+
+def check_draws(*weights):
+    draws = np.concatenate([np.asarray(w.a).reshape(-1, 16) for w in weights])
+    assert len(np.unique(draws, axis=0)) == len(draws) == LAYERS + LAYERS * EXPERTS
+
+
+def test_random_verbs_draw_apart():
+    """Every layer and expert of every path has its own draw; the seed and path alone decide."""
+    whole = after("lora")
+    check_draws(weight(whole, HEADS), weight(whole, UP))
+    alone = apply("lora", before("lora"), where=HEADS)
+    same(weight(alone, HEADS), weight(whole, HEADS))
+    other = apply("lora", before("lora"), where=HEADS, seed=1)
+    assert not np.array_equal(weight(other, HEADS).a, weight(alone, HEADS).a)
+
+
+def test_draw_law_catches_a_key_shared_by_layers():
+    w = weight(after("lora"), HEADS)
+    shared = w.replaced(a=jnp.broadcast_to(w.a[:1], w.a.shape))
+    with pytest.raises(AssertionError):
+        check_draws(shared, weight(after("lora"), UP))
+
+
+@pytest.mark.parametrize(("inner", "outer"), COMMUTE)
+def test_documented_pairs_commute(inner, outer):
+    first = apply(outer, apply(inner, example(), where=HEADS), where=HEADS)
+    second = apply(inner, apply(outer, example(), where=HEADS), where=HEADS)
+    same(first, second)
+
+
+def test_commutation_is_not_vacuous():
+    """A pair that is not in the table: pruning again after rounding away is another result."""
+    first = apply("round_to_nearest", apply("magnitude", example(), where=HEADS), where=HEADS)
+    assert np.any(np.asarray(dense(weight(first, HEADS))) != np.asarray(weight(example(), HEADS)))
+    with pytest.raises(ConfigError, match="no rule"):
+        apply("magnitude", apply("round_to_nearest", example(), where=HEADS), where=HEADS)
+
+
+# The table of pairs: each pair composes or is refused, as it says.
+
+AXES = {"w": Axes(("embed",), ("ff",))}
+CONSTANT = {"w": Axes(("embed",), ("ff",), constant=True)}
+KINDS = {
+    Quantized: partial(round_to_nearest, axes=AXES, bits=8),
+    Masked: partial(magnitude, axes=AXES, sparsity=0.5),
+    SemiStructured: partial(semi_structured, axes=AXES),
+    Factored: partial(svd, axes=AXES, rank=3),
+    LowRank: partial(lora, axes=AXES, rank=2, alpha=1.0),
+}
+PAIRS = [(verb, kind) for verb in WEIGHT_VERBS for kind in KINDS]
+
+
+@pytest.mark.parametrize(("verb", "kind"), PAIRS)
+def test_pairs_compose_or_are_refused_by_the_table(verb, kind):
+    params = KINDS[kind]({"w": weight(example(), HEADS)[0].reshape(8, 8)})
+    if verb == "merge" and kind is not LowRank:
+        params = KINDS[LowRank](params)
+    if kind not in RULES[verb]:
+        with pytest.raises(
+            ConfigError, match=rf"{verb} at 'w': no rule for {verb} on {kind.__name__}"
+        ):
+            VERBS[verb](params, AXES, **VERB_CASES[verb])
+        return
+    result = VERBS[verb](params, AXES, **VERB_CASES[verb])["w"]
+    assert result.shape == (8, 8)
+    assert np.isfinite(dense(result)).all()
+    if kind in (Masked, SemiStructured) and verb in VALUE_VERBS:
+        zeros = np.asarray(dense(params["w"])) == 0
+        assert zeros.sum() == 32
+        assert np.all(np.asarray(dense(result))[zeros] == 0)
+
+
+def test_a_pair_is_refused_through_what_wraps_it():
+    params = apply("lora", apply("round_to_nearest", example()))
+    with pytest.raises(ConfigError, match=f"svd at '{EMBED}': no rule for svd on Quantized"):
+        apply("svd", params)
+
+
+# What is touched, and what is refused.
+
+
+@pytest.mark.parametrize("verb", WEIGHT_VERBS)
+def test_only_what_is_selected_changes(verb):
+    """Other weights are the same objects; the default is every weight with inputs and outputs."""
+    params = before(verb)
+    some = apply(verb, params, where="stack/**/kernel")
+    assert paths(some) == paths(params)
+    for path in (EMBED, UP, NORM):
+        assert weight(some, path) is weight(params, path)
+    assert type(weight(some, HEADS)) is not type(weight(params, HEADS))
+    whole = after(verb)
+    assert weight(whole, NORM) is weight(params, NORM)
+    assert {c.path for c in describe(params, whole, axes_of(params))} == {EMBED, HEADS, UP}
+
+
+@pytest.mark.parametrize("verb", WEIGHT_VERBS)
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_is_refused_by_path(verb, poison):
+    params = jax.tree.map(lambda v: v, before(verb))
+    unit = params["stack"]["runs"]["000"]["heads"]
+    leaves, structure = jax.tree.flatten(unit["kernel"])
+    leaves[0] = leaves[0].at[1, 2, 0, 3].set(poison)
+    unit["kernel"] = jax.tree.unflatten(structure, leaves)
+    with pytest.raises(
+        ConfigError, match=f"{verb} at '{HEADS}': this weight holds NaN or infinity"
+    ):
+        apply(verb, params, where="stack/**/kernel")
+
+
+@pytest.mark.parametrize("verb", WEIGHT_VERBS)
+def test_bad_selections_are_refused(verb):
+    params = before(verb)
+    with pytest.raises(ConfigError, match=f"matches none of the 4 weights; near: .*{HEADS}"):
+        apply(verb, params, where="stack/runs/000/heads/kernal")
+    with pytest.raises(ConfigError, match="selects none of the 4 weights"):
+        apply(verb, params, where=lambda path, w, axes: False)
+    with pytest.raises(
+        ConfigError, match=f"{verb} at '{NORM}': this weight has no inputs and outputs"
+    ):
+        apply(verb, params, where="**/norm/*")
+    if verb != "merge":
+        with pytest.raises(ConfigError, match=f"{verb} at 'w': this weight is empty"):
+            VERBS[verb]({"w": jnp.zeros((0, 4))}, AXES, **VERB_CASES[verb])
+        with pytest.raises(ConfigError, match=f"{verb} at 'w': this weight is a constant"):
+            VERBS[verb]({"w": jnp.ones((4, 4))}, CONSTANT, **VERB_CASES[verb], where="w")
+        with pytest.raises(ValueError, match="axes"):
+            VERBS[verb]({"w": jnp.ones((4, 4, 4))}, AXES, **VERB_CASES[verb])
+
+
+# L13: a verb that should change nothing changes nothing.
+
+
+def test_degenerate_verbs_are_the_identity():
+    params = example()
+    unpruned = apply("magnitude", params, sparsity=0.0)
+    same(jax.tree.map(dense, unpruned, is_leaf=is_weight), params)
+    adapted = apply("lora", params)
+    same(jax.tree.map(dense, adapted, is_leaf=is_weight), params)
+    same(VERBS["merge"](adapted, axes_of(params)), params)
+    same(apply("keep_layers", params, layers=[0, 1, 2]), params)
+    same(apply("split_runs", params, at=[]), params)
+    full = apply("svd", params, rank=8, where=HEADS)
+    near(dense(weight(full, HEADS)), weight(params, HEADS), 1e-5)
+
+
+@pytest.mark.parametrize("verb", EXACT)
+def test_a_second_time_changes_nothing(verb):
+    once = jax.tree.map(dense, apply(verb, example()), is_leaf=is_weight)
+    twice = apply(verb, once)
+    near(jax.tree.map(dense, twice, is_leaf=is_weight), once, 1e-6)
+    if verb == "magnitude":
+        again = apply(verb, after(verb))
+        same(again, after(verb))
