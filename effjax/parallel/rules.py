@@ -23,6 +23,8 @@ DEFAULT: Rules = MappingProxyType(
         "kv_heads": ("tensor",),
         "experts": ("tensor",),
         "head": (),
+        "value": (),
+        "gate": (),
         "state": (),
         "rank": (),
         "layers": (),
