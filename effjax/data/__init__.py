@@ -1,0 +1,21 @@
+"""Text into batches: corpora, tokenisers, packing with segments, loaders that resume exactly."""
+
+from effjax.data.batch import Batch
+from effjax.data.corpora import CORPORA, Corpus, Document, load
+from effjax.data.loader import ArrayLoader, in_order
+from effjax.data.packing import Packed, pack, pack_corpus
+from effjax.data.tokenizers import ByteTokenizer
+
+__all__ = [
+    "CORPORA",
+    "ArrayLoader",
+    "Batch",
+    "ByteTokenizer",
+    "Corpus",
+    "Document",
+    "Packed",
+    "in_order",
+    "load",
+    "pack",
+    "pack_corpus",
+]
