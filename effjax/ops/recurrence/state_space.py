@@ -1,0 +1,344 @@
+"""A diagonal state space per channel: P complex modes that ring and decay, driven by one input.
+
+    h_t = A^(p_t - p_{t-1}) h_{t-1} + u_t       y_t = 2 Re(sum_p C_p B_p h_{t,p}) + skip u_t
+    A = exp(dt a)      B = (exp(dt a) - 1) / a      a = -exp(log_a_real) + i a_imag
+
+with p the positions and h = 0 where a document begins: the zero-order hold of h' = a h + u with
+the paper's input matrix absorbed into C (only their product matters). Because A is diagonal, the
+scale B is applied where h is read instead of where u is written. Equal to y = u * K, the
+convolution with the Vandermonde kernel K_j = 2 Re(sum_p C_p B_p A_p^j).
+
+`diagonal_state_space` is the form to use (chunks, matrix products per channel), the naive forms it
+is tested against are in `state_space_naive.py`, the paper's initial a in `s4d.py`.
+
+Source: Gu et al., "On the Parameterization and Initialization of Diagonal State Space Models",
+2022, sections 2 and 3, https://arxiv.org/abs/2206.11893. Departures: decay by difference of
+positions, and reset by segment, where the paper has one unpadded document.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from effjax.errors import ConfigError
+from effjax.ops.recurrence.bookkeeping import (
+    Rows,
+    Timeline,
+    empty_place,
+    place_after,
+    rows_after,
+    timeline,
+)
+from effjax.ops.recurrence.layout import lay_out, move
+
+State = dict[str, Array]
+Pair = tuple[Array, Array]  # the real and the imaginary part
+
+# exp of this is exactly 0 in every dtype, and 0 * this is 0, where 0 * -inf is NaN.
+_NEVER = -1e4
+
+
+class Modes(NamedTuple):
+    """The system in discrete time, in real pairs: log A = `log_decay`, 2 C B = `weight`; the skip."""
+
+    log_decay: tuple[Float[Array, "D P"], Float[Array, "D P"]]
+    weight: tuple[Float[Array, "D P"], Float[Array, "D P"]]
+    skip: Float[Array, " D"]
+
+
+class Tables(NamedTuple):
+    """What a chunk of C tokens does to a channel; modes are 2P real numbers, real parts first.
+
+    `toeplitz[s, t]` carries input s to output t, `write` input s to the memory after the chunk,
+    `read` the memory before the chunk to output t, `decay` = A^C memory to memory.
+    """
+
+    toeplitz: Float[Array, "D C C"]
+    write: Float[Array, "D 2P C"]
+    read: Float[Array, "D 2P C"]
+    decay: tuple[Float[Array, "D P"], Float[Array, "D P"]]
+
+
+def state_space_state(batch: int, channels: int, modes: int) -> State:
+    """Gives the memory of rows that have not seen a token: h = 0 [B D P] twice, position, segment.
+
+    Source: Gu et al. 2022, section 2, https://arxiv.org/abs/2206.11893
+    """
+    position, segment = empty_place(batch)
+    h = jnp.zeros((batch, channels, modes), jnp.float32)
+    return {"h_real": h, "h_imag": h, "position": position, "segment": segment}
+
+
+def diagonal_state_space(
+    u: Float[Array, "B T D"],
+    *,
+    log_dt: Float[Array, " D"],
+    log_a_real: Float[Array, "D P"],
+    a_imag: Float[Array, "D P"],
+    c_real: Float[Array, "D P"],
+    c_imag: Float[Array, "D P"],
+    skip: Float[Array, " D"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    state: State | None = None,
+    chunk: int = 32,
+    aligned: bool = False,
+) -> tuple[Float[Array, "B T D"], State | None]:
+    """Runs a diagonal state space over rows of documents, in chunks of `chunk` tokens.
+
+    In a chunk every channel is one matrix: y = Toeplitz(K) u + (2 C B A^(j+1)) h, and the memory
+    after it is A^chunk h + (A^(chunk-1-j)) u. A Toeplitz matrix cannot jump over a boundary, so
+    rows that are not `aligned` are first laid out anew (`layout.py`). Rows that need more than
+    `spare_chunks` for it (many short documents, wide gaps in the positions) are run token by
+    token. Everything is computed in float32 (float64 for float64 inputs); y has u's dtype. FLOPs
+    grow as T D (chunk + 4 P), memory as T D (1 + P / chunk).
+
+    Args:
+        log_dt: log of each channel's time step.
+        log_a_real, a_imag: the modes a; the real part -exp(log_a_real) is never positive.
+        c_real, c_imag: the read-out C, with the input matrix absorbed.
+        skip: what of the input goes straight to the output.
+        positions: -1 is padding: its u is not read (it may be NaN) and its y is 0.
+        segments: the document of each token; one stretch of a row per document.
+        state: where the rows stand; None starts from nothing and returns no state, which is what
+            training wants. `state_space_state` starts from nothing and returns one.
+        chunk: tokens per chunk; any size gives the same values.
+        aligned: promises that each row is one document without padding or gaps, so that nothing
+            is laid out. Only the first token's position and segment are read, for the state.
+
+    Raises:
+        ConfigError: chunk is less than 1.
+
+    Source: Gu et al. 2022, sections 2 and 3.3, https://arxiv.org/abs/2206.11893; chunks as in Dao
+    and Gu 2024, section 6, https://arxiv.org/abs/2405.21060
+    """
+    if chunk < 1:
+        raise ConfigError(f"diagonal_state_space: chunk must be at least 1, got {chunk}")
+    T, dtype = u.shape[1], jnp.promote_types(u.dtype, jnp.float32)
+    parameters = (log_dt, log_a_real, a_imag, c_real, c_imag, skip)
+    modes = discretise(*(x.astype(dtype) for x in parameters))
+    rows = rows_after(state, positions, segments)
+    h = None if state is None else (state["h_real"].astype(dtype), state["h_imag"].astype(dtype))
+    if T == 1:
+        y, h = _run_tokens(u.astype(dtype), h, modes, timeline(rows))
+    elif aligned:
+        y, h = _run_aligned(u.astype(dtype), h, modes, rows, min(chunk, T))
+    else:
+        y, h = _run_packed(u.astype(dtype), h, modes, rows, min(chunk, T))
+    if state is None or h is None:
+        return y.astype(u.dtype), None
+    real, imag = (x.astype(state["h_real"].dtype) for x in h)
+    position, segment = place_after(rows)
+    place = {"position": position, "segment": segment}
+    return y.astype(u.dtype), {"h_real": real, "h_imag": imag, **place}
+
+
+def discretise(
+    log_dt: Float[Array, " D"],
+    log_a_real: Float[Array, "D P"],
+    a_imag: Float[Array, "D P"],
+    c_real: Float[Array, "D P"],
+    c_imag: Float[Array, "D P"],
+    skip: Float[Array, " D"],
+) -> Modes:
+    """Samples the system by zero-order hold: log A = dt a, and 2 C B with B = (exp(dt a) - 1) / a.
+
+    The real part of log A is held above -1e4, where A is 0, so that no a gives an infinity; near
+    a = 0 the quotient is a Taylor series.
+
+    Source: Gu et al. 2022, section 2, https://arxiv.org/abs/2206.11893
+    """
+    dt = jnp.exp(log_dt)[:, None]
+    real = -jnp.exp(jnp.minimum(log_dt[:, None] + log_a_real, np.log(-_NEVER)))
+    z = jax.lax.complex(real, dt * a_imag)
+    small = jnp.abs(real) + jnp.abs(dt * a_imag) < 0.1
+    series = jnp.ones_like(z)
+    for n in range(9, 1, -1):
+        series = 1 + series * z / n
+    safe = jnp.where(small, 1, z)
+    weight = 2 * jax.lax.complex(c_real, c_imag) * dt
+    weight = weight * jnp.where(small, series, jnp.expm1(safe) / safe)
+    return Modes((z.real, z.imag), (weight.real, weight.imag), skip)
+
+
+def _run_aligned(
+    u: Float[Array, "B T D"], h: Pair | None, modes: Modes, rows: Rows, chunk: int
+) -> tuple[Float[Array, "B T D"], Pair | None]:
+    """Rows of one document each: the last chunk is filled with zeros, and that is all."""
+    B, T, _ = u.shape
+    if h is not None:
+        position, segment = rows.before
+        same = (position >= 0) & (rows.segments[:, 0] == segment)
+        h = _faded(h, modes, rows.positions[:, 0] - 1 - position, same)
+    u = jnp.pad(u, ((0, 0), (0, -T % chunk), (0, 0)))
+    fresh = jnp.zeros((B, u.shape[1] // chunk), bool)
+    y, h = _run_chunks(u, h, modes, fresh, jnp.full((B,), T - 1, jnp.int32), chunk)
+    return y[:, :T], h
+
+
+def _run_packed(
+    u: Float[Array, "B T D"], h: Pair | None, modes: Modes, rows: Rows, chunk: int
+) -> tuple[Float[Array, "B T D"], Pair | None]:
+    """Rows of any documents and padding: laid out and run in chunks if they fit, else by token."""
+    time = timeline(rows)
+    layout = lay_out(time, rows.before[0], chunk)
+    spare = ((0, 0), (0, layout.source.shape[1] - u.shape[1]))
+    time = Timeline(*(jnp.pad(x, spare) for x in time))  # as the tokens stand when nothing fits
+
+    def by_chunk(u: Array, h: Pair | None, modes: Modes) -> tuple[Array, Pair | None]:
+        last = jnp.max(layout.slot, axis=1)
+        return _run_chunks(u, h, modes, layout.fresh, last, chunk)
+
+    def by_token(u: Array, h: Pair | None, modes: Modes) -> tuple[Array, Pair | None]:
+        return _run_tokens(u, h, modes, time)
+
+    moved = move(u, layout.source, layout.slot)
+    # Without the checkpoint, the forward pass by chunk would fill room for what by_token keeps.
+    y, h = jax.lax.cond(layout.fits, by_chunk, jax.checkpoint(by_token), moved, h, modes)
+    return move(y, layout.slot, layout.source), h
+
+
+def _run_chunks(
+    u: Float[Array, "B M D"],
+    h: Pair | None,
+    modes: Modes,
+    fresh: Bool[Array, "B c"],
+    last: Int[Array, " B"],
+    chunk: int,
+) -> tuple[Float[Array, "B M D"], Pair | None]:
+    """Rows of whole chunks in which index is position; `fresh` chunks begin with no memory.
+
+    Channels come first and time last, so that each step is one batch of matrix products; a memory
+    is given back as it stands after slot `last` (-1: as it came), when one was given.
+    """
+    B, M, D = u.shape
+    tables = _tables(modes, chunk)
+    x = u.reshape(B * M, D).T.reshape(D, -1, chunk)
+    written = jnp.einsum("dmc,dpc->dmp", x, tables.write)
+    written = written.reshape(D, B, -1, written.shape[-1]).transpose(2, 0, 1, 3)
+    start = jnp.zeros_like(written[0]) if h is None else _packed(h).swapaxes(0, 1)
+    _, before = jax.lax.scan(partial(_carry, tables.decay), start, (written, fresh.T))
+    read = before.transpose(1, 2, 0, 3).reshape(D, -1, before.shape[-1])
+    y = jnp.einsum("dms,dst->dmt", x, tables.toeplitz) + jnp.einsum(
+        "dmp,dpt->dmt", read, tables.read
+    )
+    y = y.reshape(D, B * M).T.reshape(B, M, D)
+    return y, None if h is None else _leave(u, h, before, modes, tables, last)
+
+
+def _carry(
+    decay: Pair, h: Float[Array, "D B 2P"], step: tuple[Array, Array]
+) -> tuple[Float[Array, "D B 2P"], Float[Array, "D B 2P"]]:
+    """The memory after a chunk, and the memory that the chunk itself reads."""
+    written, fresh = step
+    h = jnp.where(fresh[None, :, None], 0, h)
+    (a, b), (real, imag) = (x[:, None] for x in decay), jnp.split(h, 2, axis=-1)
+    return jnp.concatenate([a * real - b * imag, a * imag + b * real], axis=-1) + written, h
+
+
+def _tables(modes: Modes, chunk: int) -> Tables:
+    """The four matrices of a chunk, from the powers A^0 ... A^chunk; the skip is K_0's."""
+    (log_size, angle), (w, v) = modes.log_decay, (x[..., None] for x in modes.weight)
+    power = jnp.arange(chunk + 1, dtype=angle.dtype)[None, None]
+    size = jnp.exp(log_size[..., None] * power)
+    angle = angle[..., None] * power
+    real, imag = size * jnp.cos(angle), size * jnp.sin(angle)
+    out_real, out_imag = w * real - v * imag, w * imag + v * real
+    kernel = jnp.sum(out_real[..., :chunk], axis=1).at[:, 0].add(modes.skip)
+    lag = np.arange(chunk)[None, :] - np.arange(chunk)[:, None]
+    toeplitz = jnp.where(lag[None] >= 0, kernel[:, np.maximum(lag, 0)], 0)
+    write = jnp.concatenate([real, imag], axis=1)[..., chunk - 1 :: -1]
+    read = jnp.concatenate([out_real, -out_imag], axis=1)[..., 1:]
+    return Tables(toeplitz, write, read, (real[..., chunk], imag[..., chunk]))
+
+
+def _leave(
+    u: Float[Array, "B M D"],
+    h: Pair,
+    before: Float[Array, "c D B 2P"],
+    modes: Modes,
+    tables: Tables,
+    last: Int[Array, " B"],
+) -> Pair:
+    """The memory after slot `last` of each row: one more chunk, which ends there."""
+    chunk = tables.write.shape[-1]
+    here, offset = jnp.maximum(last, 0) // chunk, last % chunk
+    entered = jax.vmap(lambda x, c: x[c], in_axes=(2, 0))(before, here)
+    index = offset[:, None] + 1 - chunk + jnp.arange(chunk)[None]
+    slot = jnp.where(index >= 0, here[:, None] * chunk + index, 0)
+    tail = jnp.where((index >= 0)[..., None], jax.vmap(lambda x, i: x[i])(u, slot), 0)
+    written = _unpacked(jnp.einsum("bcd,dpc->bdp", tail, tables.write))
+    faded = _faded(_unpacked(entered), modes, offset + 1, last >= 0)
+    some = (last >= 0)[:, None, None]
+    real, imag = (jnp.where(some, f + w, x) for f, w, x in zip(faded, written, h, strict=True))
+    return real, imag
+
+
+def _run_tokens(
+    u: Float[Array, "B T D"], h: Pair | None, modes: Modes, time: Timeline
+) -> tuple[Float[Array, "B T D"], Pair | None]:
+    """Any rows, token by token; the backward pass keeps about 2 sqrt(T) memories."""
+    B, T, D = u.shape
+    u = jnp.where(time.live[..., None], u, 0)
+    nothing = jnp.zeros((B, *modes.log_decay[0].shape), u.dtype)
+    piece = max(1, int(T**0.5))
+
+    def pieces(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, -T % piece), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x, 1, 0).reshape(-1, piece, *x.shape[:1], *x.shape[2:])
+
+    @jax.checkpoint
+    def run_piece(h: Pair, tokens: tuple[Array, ...]) -> tuple[Pair, Array]:
+        return jax.lax.scan(jax.checkpoint(partial(_token, modes)), h, tokens)
+
+    tokens = tuple(pieces(x) for x in (u, time.elapsed, time.begins))
+    end, y = jax.lax.scan(run_piece, h or (nothing, nothing), tokens)
+    y = jnp.moveaxis(y.reshape(-1, B, D)[:T], 0, 1)
+    return jnp.where(time.live[..., None], y, 0), None if h is None else end
+
+
+def _token(modes: Modes, h: Pair, token: tuple[Array, ...]) -> tuple[Pair, Float[Array, "B D"]]:
+    """One step of the recurrence for a batch of rows; at padding elapsed is 0, and so is u."""
+    u, elapsed, begins = token
+    real, imag = _faded(h, modes, elapsed, ~begins)
+    real = real + u[..., None]
+    w, v = (x[None] for x in modes.weight)
+    return (real, imag), jnp.sum(w * real - v * imag, axis=-1) + modes.skip[None] * u
+
+
+def _faded(h: Pair, modes: Modes, gap: Int[Array, " B"], same: Bool[Array, " B"]) -> Pair:
+    """A^gap h in rows where `same`, else 0."""
+    (log_size, angle), (real, imag) = modes.log_decay, h
+    gap = jnp.where(same, jnp.maximum(gap, 0), 0)
+
+    def turn(power: Float[Array, "b 1 1"]) -> Pair:
+        size = jnp.exp(log_size[None] * power)
+        return size * jnp.cos(angle[None] * power), size * jnp.sin(angle[None] * power)
+
+    def by_one() -> Pair:
+        moved = (gap == 1)[:, None, None]
+        a, b = turn(jnp.ones((1, 1, 1), angle.dtype))
+        return jnp.where(moved, a, 1), jnp.where(moved, b, 0)
+
+    # Decoding moves by one position, where the batch's rows share one table of sines.
+    a, b = jax.lax.cond(
+        jnp.all(gap <= 1), by_one, lambda: turn(gap[:, None, None].astype(angle.dtype))
+    )
+    keep = same[:, None, None]
+    return (
+        jnp.where(keep, a * real - b * imag, 0),
+        jnp.where(keep, a * imag + b * real, 0),
+    )
+
+
+def _packed(h: Pair) -> Float[Array, "B D 2P"]:
+    return jnp.concatenate(h, axis=-1)
+
+
+def _unpacked(h: Float[Array, "B D 2P"]) -> Pair:
+    real, imag = jnp.split(h, 2, axis=-1)
+    return real, imag
