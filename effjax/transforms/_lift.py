@@ -123,11 +123,9 @@ def core_shape(w: AnyWeight, axes: Axes) -> tuple[tuple[int, ...], ...]:
     return shape[:num_batch], shape[num_batch:][:num_inputs], shape[num_batch + num_inputs :]
 
 
-def path_keys(seed: int, path: str, batch: tuple[int, ...]) -> jax.Array:
-    """One key for each batch entry, folded from the weight's path: no other weight matters."""
-    return jax.random.split(
-        jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode())), batch
-    )
+def path_key(seed: int, path: str) -> jax.Array:
+    """A random verb's key for one weight, folded from its path: no other weight matters."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
 
 
 def group_axis(axes: Axes) -> int:

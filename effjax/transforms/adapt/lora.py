@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.errors import ConfigError
-from effjax.transforms._lift import core_shape, on_weights, path_keys, together
+from effjax.transforms._lift import core_shape, on_weights, path_key
 from effjax.transforms._options import require_integer, require_number, require_rank
 from effjax.weights import AnyWeight, Axes, LowRank, Tree, Where, dense, is_weight
 
@@ -36,8 +36,7 @@ def lora(
     def one(path: str, w: AnyWeight, ax: Axes) -> LowRank:
         batch, inputs, outputs = core_shape(w, ax)
         require_rank("lora", path, rank, math.prod(inputs), math.prod(outputs))
-        keys = path_keys(seed, path, batch)
-        a, b = together(_factors, ax, keys, inputs=inputs, outputs=outputs, rank=rank)
+        a, b = _factors(path_key(seed, path), ax, batch, inputs, outputs, rank)
         scale = jnp.full(batch, alpha / rank, jnp.float32)
         return LowRank(w, a, b, scale, len(ax.inputs))
 
@@ -45,13 +44,18 @@ def lora(
 
 
 def _factors(
-    key: jax.Array, *, axes: Axes, inputs: tuple[int, ...], outputs: tuple[int, ...], rank: int
+    key: jax.Array,
+    axes: Axes,
+    batch: tuple[int, ...],
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    rank: int,
 ) -> tuple[jax.Array, jax.Array]:
+    shape_a, shape_b = (*batch, *inputs, rank), (*batch, rank, *outputs)
     if axes.lookup:
-        return jnp.zeros((*inputs, rank)), jax.random.normal(key, (rank, *outputs))
+        return jnp.zeros(shape_a), jax.random.normal(key, shape_b)
     bound = 1 / math.sqrt(math.prod(inputs))
-    a = jax.random.uniform(key, (*inputs, rank), minval=-bound, maxval=bound)
-    return a, jnp.zeros((rank, *outputs))
+    return jax.random.uniform(key, shape_a, minval=-bound, maxval=bound), jnp.zeros(shape_b)
 
 
 def adapters(path: str, w: AnyWeight, axes: Axes) -> bool:

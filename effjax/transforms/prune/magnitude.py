@@ -40,6 +40,8 @@ def _prune(w: AnyWeight, *, axes: Axes, count: int) -> Masked:
     if isinstance(w, Masked):
         order = jnp.where(w.mask, order + 1, 0)  # pruned before zeros that were kept
     mask = ~smallest(order, count)
+    if isinstance(w, Masked):
+        mask &= w.mask
     return Masked(jnp.where(mask, values, jnp.zeros((), values.dtype)), mask)
 
 
