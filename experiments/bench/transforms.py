@@ -57,6 +57,10 @@ def codes(w: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     return (found if bits == 8 else (found[::2] & 15) | (found[1::2] << 4)), scale
 
 
+def layer_by_layer(f: Callable[[np.ndarray], object], stack: np.ndarray) -> list[object]:
+    return [f(layer) for layer in stack]
+
+
 VERBS: dict[str, tuple[Callable[..., Tree], Callable[[np.ndarray], object]]] = {
     "magnitude 50%": (partial(magnitude, sparsity=0.5), prune),
     "2:4": (semi_structured, two_of_four),
@@ -81,7 +85,7 @@ def main() -> None:
     for name, (verb, by_numpy) in VERBS.items():
         thunks: dict[str, Callable[[], object]] = {
             "effjax": partial(verb, params, AXES),
-            "numpy": lambda by_numpy=by_numpy: [by_numpy(layer) for layer in host],
+            "numpy": partial(layer_by_layer, by_numpy, host),
             "copy": partial(copy, params["w"]),
         }
         timings = clock.interleave(thunks, rounds=options.rounds)
