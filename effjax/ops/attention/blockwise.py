@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from effjax.ops.attention import bias as biases
 from effjax.ops.attention.bias import Bias
+from effjax.ops.attention.direct import direct_attention
 from effjax.ops.attention.layout import (
     clear,
     dot,
@@ -27,7 +28,6 @@ from effjax.ops.attention.layout import (
 )
 from effjax.ops.attention.plan import Plan, pairs
 from effjax.ops.attention.scores import Marks, score_blocks
-from effjax.ops.attention.single import single_query_attention
 
 State = tuple[Any, ...]
 
@@ -43,18 +43,19 @@ def blockwise_attention(
 ) -> Float[Array, "B T N H"]:
     """Attention over the plan's blocks by an online soft-max; zero where a row reads nothing.
 
-    For the blocks s of a query's scores in turn, from o = l = 0 and m = the least finite number:
+    For the blocks s of a query's scores in turn, from o = z = 0 and m = the least finite number:
 
         m' = max(m, max s);   f = exp(m - m');   p = exp(s - m')
-        l' = f l + sum p;     o' = f o + p V;    y = o / l at the end
+        z' = f z + sum p;     o' = f o + p V;    y = o / z at the end
 
-    One query without a gradient takes one product instead. Source: Dao et al. 2022, FlashAttention,
-    algorithms 1 and 4, https://arxiv.org/abs/2205.14135; Rabe and Staats 2021,
-    https://arxiv.org/abs/2112.05682. We save m and l, not m + log l, so that the backward pass is
-    exact at scores of 1e4.
+    A few queries over a cache, without a gradient, go to `direct.py` instead.
+
+    Source: Dao et al. 2022, FlashAttention, algorithms 1 and 4, https://arxiv.org/abs/2205.14135;
+    Rabe and Staats 2021, https://arxiv.org/abs/2112.05682. We save m and z, not m + log z, so that
+    the backward pass is exact at scores of 1e4.
     """
-    if plan.T == 1:
-        return single_query_attention(plan, q, k, v, marks, bias)
+    if plan.direct:
+        return direct_attention(plan, q, k, v, marks, bias)
     return _forward(plan, q, k, v, marks, bias)[0]
 
 
@@ -68,12 +69,12 @@ def _forward(
 
     def step(masked: bool, state: State, pair: Any) -> State:
         i, j = pair
-        o, m, l = (row(x, i) for x in state)
+        o, m, z = (row(x, i) for x in state)
         s = scores(i, j, masked)
         m_new = jnp.maximum(m, s.max(axis=-2))
         p, f = jnp.exp(s - m_new[..., None, :]), jnp.exp(m - m_new)
         o = o * f[..., None, :] + dot("bkhd,bkdc->bkhc", row(vT, j), p.astype(v.dtype))
-        new = o, m_new, f * l + p.sum(axis=-2)
+        new = o, m_new, f * z + p.sum(axis=-2)
         return tuple(set_row(x, y, i) for x, y in zip(state, new, strict=True))
 
     dtype = wide(q)
@@ -82,35 +83,30 @@ def _forward(
         jnp.full((n, B, K, c), jnp.finfo(dtype).min, dtype),
         jnp.zeros((n, B, K, c), dtype),
     )
-    o, m, l = _all_pairs(plan, step, state)
-    l = jnp.where(l > 0, l, 1)
-    return from_blocks(o / l[..., None, :], plan.T, q.shape[2]).astype(q.dtype), m, l
+    o, m, z = _all_pairs(plan, step, state)
+    z = jnp.where(z > 0, z, 1)
+    return from_blocks(o / z[..., None, :], plan.T, q.shape[2]).astype(q.dtype), m, z
 
 
 def _save(
     plan: Plan, q: Array, k: Array, v: Array, marks: Marks, bias: Bias | None
 ) -> tuple[Array, State]:
-    y, m, l = _forward(plan, q, k, v, marks, bias)
-    return y, (q, k, v, marks, bias, y, m, l)
+    y, m, z = _forward(plan, q, k, v, marks, bias)
+    return y, (q, k, v, marks, bias, y, m, z)
 
 
 def _backward(plan: Plan, saved: State, dy: Array) -> State:
-    """Recomputes each block's weights from m and l, and sums its products.
+    """Recomputes each block's weights from m and z, and sums its products.
 
-    With `e = dy / l` and `p = exp(s - m)`: `dV = p e`; the scores' cotangent is
+    With `e = dy / z` and `p = exp(s - m)`: `dV = p e`; the scores' cotangent is
     `g = p (V e - sum(y e))`, and `dQ = scale g K`, `dK = scale g Q`.
     """
-    q, k, v, marks, bias, y, m, l = saved
+    q, k, v, marks, bias, y, m, z = saved
     N, K, dtype = q.shape[2], k.shape[2], wide(q)
     scores = score_blocks(plan, q, k, marks, bias)
     kT = scores.k.swapaxes(-1, -2)
     v_blocks = to_blocks(clear(v, marks.k_live), plan.k_count, plan.k_size, K)
-    y, dy = (
-        to_blocks(x, plan.q_count, plan.q_size, K).astype(dtype)
-        for x in (y, clear(dy, marks.q_live))
-    )
-    e = dy / l[..., None]
-    mean = (y * e).sum(axis=-1)
+    e, mean = _per_query(plan, K, y, dy, z, marks)
     e = e.astype(q.dtype)
 
     def step(masked: bool, state: State, pair: Any) -> State:
@@ -133,6 +129,19 @@ def _backward(plan: Plan, saved: State, dy: Array) -> State:
     dk = from_blocks(dk.swapaxes(-1, -2) * plan.scale, plan.S, K).astype(k.dtype)
     dv = from_blocks(dv.swapaxes(-1, -2), plan.S, K).astype(v.dtype)
     return dq, dk, dv, None, biases.cotangent(bias, dbias)
+
+
+def _per_query(
+    plan: Plan, K: int, y: Array, dy: Array, z: Array, marks: Marks
+) -> tuple[Array, Array]:
+    """`e = dy / z` in blocks [n B K c H], and `sum(y e)` [n B K c], their mean under p."""
+    y, dy = (
+        to_blocks(x, plan.q_count, plan.q_size, K).astype(z.dtype)
+        for x in (y, clear(dy, marks.q_live))
+    )
+    e = dy / z[..., None]
+    mean = dot("nbkch,nbkch->nbkc", y, e)  # as a product: XLA's reduction takes 50 times as long
+    return e, mean
 
 
 def _all_pairs(plan: Plan, step: Any, state: State) -> State:

@@ -11,7 +11,7 @@ from effjax.ops.attention.engine import attention
 from effjax.ops.attention.patterns import Pattern
 
 DIRECT_QUERIES = 16
-"""Pieces of up to this many queries form their scores at once; longer ones go through the engine."""
+"""Pieces of up to this many queries form their scores at once; longer ones use the engine."""
 
 
 @jax.tree_util.register_dataclass
@@ -19,7 +19,8 @@ DIRECT_QUERIES = 16
 class Cache:
     """Keys and values of the last `capacity` live tokens of each row.
 
-    k, v: [B K S H], heads before slots, so that a decoding step reads each head's slots in a row.
+    k, v: [B*K S H]: a row of slots for each key head. One leading axis, not two: with B = 1 apart,
+        XLA on a CPU no longer updates them in place and copies the whole cache at every token.
     positions, segments: int32 [B S] of what stands in each slot, -1 where nothing does.
     count: int32 [B], live tokens seen so far. The next token's slot is `count % S`: a slot follows
         from the number of tokens, not from positions, which restart with each packed document.
@@ -44,7 +45,7 @@ def empty_cache(
     Source: the layout is ours; a window's capacity of `width + piece - 1` is the least that lets a
     piece be written before it is read.
     """
-    slots = jnp.zeros((batch, heads, capacity, head_dim), dtype)
+    slots = jnp.zeros((batch * heads, capacity, head_dim), dtype)
     unused = jnp.full((batch, capacity), -1, jnp.int32)
     return Cache(slots, slots, unused, unused, jnp.zeros((batch,), jnp.int32), piece)
 
@@ -72,22 +73,25 @@ def write_cache(
     lasting = live & (number >= count[:, None] - capacity)
     slot = jnp.where(lasting, number % capacity, capacity)  # past the end: dropped by the scatter
 
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        write = jax.vmap(lambda row, at, update: row.at[at].set(update, mode="drop"))
-        return write(old, slot, new.astype(old.dtype))
+    heads = jnp.repeat(slot, k.shape[2], axis=0)
 
-    def put_heads(old: jax.Array, new: jax.Array) -> jax.Array:
-        write = jax.vmap(lambda row, at, update: row.at[:, at].set(update, mode="drop"))
-        return write(old, slot, new.swapaxes(1, 2).astype(old.dtype))
+    def put(old: jax.Array, at: jax.Array, new: jax.Array) -> jax.Array:
+        write = jax.vmap(lambda row, at, update: row.at[at].set(update, mode="drop"))
+        return write(old, at, new.astype(old.dtype))
 
     return Cache(
-        put_heads(cache.k, k),
-        put_heads(cache.v, v),
-        put(cache.positions, positions),
-        put(cache.segments, segments),
+        put(cache.k, heads, _rows(k)),
+        put(cache.v, heads, _rows(v)),
+        put(cache.positions, slot, positions),
+        put(cache.segments, slot, segments),
         count.astype(jnp.int32),
         cache.piece,
     )
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """[B T K H] -> [B*K T H], the cache's order."""
+    return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
 def read_cache(
@@ -106,10 +110,14 @@ def read_cache(
     https://arxiv.org/abs/1706.03762
     """
     if q.shape[1] > DIRECT_QUERIES:
+        k, v = (
+            x.reshape(q.shape[0], -1, *x.shape[1:]).swapaxes(1, 2).astype(q.dtype)
+            for x in (cache.k, cache.v)
+        )
         return attention(
             q,
-            cache.k.swapaxes(1, 2).astype(q.dtype),
-            cache.v.swapaxes(1, 2).astype(q.dtype),
+            k,
+            v,
             pattern=pattern,
             q_positions=positions,
             k_positions=cache.positions,
@@ -123,7 +131,7 @@ def _read_directly(
     cache: Cache, q: jax.Array, pattern: Pattern, positions: jax.Array, segments: jax.Array
 ) -> jax.Array:
     B, T, N, H = q.shape
-    K, S = cache.k.shape[1:3]
+    S, K = cache.k.shape[1], cache.k.shape[0] // B
     float32 = jnp.promote_types(q.dtype, jnp.float32)
     head = jnp.arange(N)[None, :, None, None]
     q_pos, k_pos = positions[:, None, :, None], cache.positions[:, None, None, :]
@@ -131,14 +139,14 @@ def _read_directly(
     reads &= segments[:, None, :, None] == cache.segments[:, None, None, :]
 
     live = (positions >= 0)[:, :, None, None]
-    q = jnp.where(live, q, 0).astype(cache.k.dtype).swapaxes(1, 2).reshape(B, K, N // K * T, H)
-    scores = jnp.einsum("bkqh,bksh->bkqs", q, cache.k, preferred_element_type=float32)
+    q = jnp.where(live, q, 0).astype(cache.k.dtype).swapaxes(1, 2).reshape(B * K, N // K * T, H)
+    scores = jnp.einsum("gqh,gsh->gqs", q, cache.k, preferred_element_type=float32)
     reads = jnp.broadcast_to(reads, (B, N, T, S)).reshape(scores.shape)
     scores = jnp.where(reads, scores * H**-0.5, -jnp.inf)
     highest = scores.max(axis=-1, keepdims=True)
     weights = jnp.where(reads, jnp.exp(scores - jnp.where(highest > -jnp.inf, highest, 0)), 0)
     total = weights.sum(axis=-1, keepdims=True)
     y = jnp.einsum(
-        "bkqs,bksh->bkqh", weights.astype(cache.v.dtype), cache.v, preferred_element_type=float32
+        "gqs,gsh->gqh", weights.astype(cache.v.dtype), cache.v, preferred_element_type=float32
     ) / jnp.where(total > 0, total, 1)
     return y.reshape(B, N, T, H).swapaxes(1, 2).astype(q.dtype)

@@ -1,8 +1,9 @@
-"""The attention engine: any pattern, bias and grouping of heads over packed, padded or cached keys."""
+"""The attention engine: any pattern, bias and grouping of heads; packed, padded or cached keys."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -12,12 +13,10 @@ from effjax.ops.attention.bias import Bias
 from effjax.ops.attention.blockwise import blockwise_attention
 from effjax.ops.attention.compact import live_first, permute
 from effjax.ops.attention.patterns import Pattern
-from effjax.ops.attention.plan import Plan, compacts, live
+from effjax.ops.attention.plan import Plan, compacts, default_block, live
 from effjax.ops.attention.scores import Marks
 
 Implementation = Literal["xla", "pallas_gpu", "pallas_tpu"]
-
-BLOCK = 128
 
 
 def attention(
@@ -34,7 +33,7 @@ def attention(
     ordered: bool = False,
     scale: float | None = None,
     bias: Bias | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
     """Averages values with weights that fall off with the mismatch of query and key.
@@ -54,18 +53,19 @@ def attention(
         may stand anywhere. A relative pattern keeps its map, others take the causal or full one.
     Neither (a cache, whose slots may be reused): every block is computed and masked.
 
-    `bias` is a frozen pytree called as `bias(q_pos, k_pos, head)`, elementwise, finite for positions
-    of at least 0 in any order; its arrays of floating numbers get cotangents.
+    `bias` is a frozen pytree called as `bias(q_pos, k_pos, head)`, elementwise, finite for any
+    two positions of at least 0; its arrays of floating numbers get cotangents.
 
-    Raises ConfigError for a K that does not divide N, for T != S under a promise, and for a block or
-    a scale that is not positive; NotImplementedError for a kernel; ValueError for segments of one
-    side only; TypeError for numbers that are not floating.
+    Raises ConfigError for a K that does not divide N, for T != S under a promise, and for a block
+    or a scale that is not positive; NotImplementedError for a kernel; ValueError for segments of
+    one side only; TypeError for numbers that are not floating.
 
     Source: Dao et al. 2022, FlashAttention, https://arxiv.org/abs/2205.14135; `naive.py` is the
     definition.
     """
+    (B, T, N, H), S = q.shape, k.shape[1]
+    block = default_block(T, B * N) if block is None else block
     _check(q, k, v, aligned or ordered, block, implementation)
-    T, H, S = *q.shape[1::2], k.shape[1]
     if (q_segments is None) != (k_segments is None):
         raise ValueError("attention: give segments of both queries and keys, or of neither")
     if 0 in (T, S):
@@ -74,21 +74,26 @@ def attention(
     dtype = jnp.result_type(q, k, v)
     plan = Plan(pattern, T, S, block, aligned, ordered, _scale(scale, H))
     marks = _marks(plan, q_positions, k_positions, q_segments, k_segments)
-    operands = q.astype(dtype), k.astype(dtype), v.astype(dtype)
-    if compacts(plan):
-        order = live_first(marks.q_positions)
-        marks = Marks(*(permute(x, order) for x in marks))
-        operands = tuple(permute(x, order) for x in operands)
-    y = _by_group(plan, *operands, marks, bias)
-    if compacts(plan):
-        y = permute(y, order[::-1])
-    return y.astype(q.dtype)
+    tokens = Tokens(q.astype(dtype), k.astype(dtype), v.astype(dtype), marks)
+    if not compacts(plan):
+        return _by_group(plan, tokens, bias).astype(q.dtype)
+    order = live_first(q_positions)
+    tokens = jax.tree.map(lambda x: permute(x, order), tokens)
+    return permute(_by_group(plan, tokens, bias), order[::-1]).astype(q.dtype)
 
 
-def _by_group(
-    plan: Plan, q: Array, k: Array, v: Array, marks: Marks, bias: Bias | None
-) -> Float[Array, "B T N H"]:
+class Tokens(NamedTuple):
+    """What stands in the rows, and where."""
+
+    q: Array
+    k: Array
+    v: Array
+    marks: Marks
+
+
+def _by_group(plan: Plan, tokens: Tokens, bias: Bias | None) -> Float[Array, "B T N H"]:
     """Runs each group of heads over its own blocks."""
+    q, k, v, marks = tokens
     N, groups = q.shape[2], live(plan).shape[0]
     if N % groups:
         raise ValueError(f"attention: {plan.pattern} has {groups} groups of heads, got {N} heads")

@@ -20,7 +20,7 @@ def dot(spec: str, x: Array, y: Array) -> Array:
     return jnp.einsum(spec, x, y, preferred_element_type=wide(x))
 
 
-def clear(x: Float[Array, "B T N H"], live: Bool[Array, "B T"]) -> Float[Array, "B T N H"]:
+def clear(x: Float[Array, "B T N H"], live: Bool[Array, "#B T"]) -> Float[Array, "B T N H"]:
     """x with zeros at padding, whatever stands there: 0 * NaN is NaN in a product."""
     return jnp.where(live[:, :, None, None], x, 0)
 

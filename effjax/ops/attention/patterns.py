@@ -11,7 +11,7 @@ import numpy as np
 
 from effjax.errors import ConfigError
 
-# Elementwise arguments are anything with array comparison: numpy when counting, tracers in an engine.
+# Anything with array comparison: numpy when pairs are counted, tracers in an engine.
 Elementwise = Any
 
 

@@ -17,17 +17,17 @@ NO_QUERY, NO_KEY = -(2**31), -(2**31) + 1
 class Marks(NamedTuple):
     """Where each token stands; a leading size of 1 serves every row."""
 
-    q_positions: Int[Array, "B T"]
-    k_positions: Int[Array, "B S"]
-    q_segments: Int[Array, "B T"]
-    k_segments: Int[Array, "B S"]
+    q_positions: Int[Array, "#B T"]
+    k_positions: Int[Array, "#B S"]
+    q_segments: Int[Array, "#B T"]
+    k_segments: Int[Array, "#B S"]
 
     @property
-    def q_live(self) -> Bool[Array, "B T"]:
+    def q_live(self) -> Bool[Array, "#B T"]:
         return self.q_positions >= 0
 
     @property
-    def k_live(self) -> Bool[Array, "B S"]:
+    def k_live(self) -> Bool[Array, "#B S"]:
         return self.k_positions >= 0
 
 

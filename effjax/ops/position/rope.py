@@ -42,7 +42,7 @@ def rope(
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _angles(positions: Int[Array, "B T"], H: int, base: float) -> Float[Array, "B T H/2"]:
+def _angles(positions: Int[Array, "B T"], H: int, base: float) -> Float[Array, "B T half"]:
     """Angles `p theta_c` modulo a turn, in [-pi, pi), float32.
 
     `p * round(theta 2^32 / 2 pi)` in wrapping uint32 is the phase modulo one turn. It is exactly

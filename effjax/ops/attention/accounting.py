@@ -1,0 +1,77 @@
+"""FLOPs of attention in closed form: of the program that runs, and of the attention it computes.
+
+Only products count, two FLOPs per multiply-add.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from effjax.ops.attention.patterns import Pattern
+from effjax.ops.attention.plan import Plan, default_block, live
+
+ROWS = 512  # queries that are counted at a time
+
+
+class Flops(NamedTuple):
+    """FLOPs of a forward pass, and of the backward pass that follows it."""
+
+    forward: int
+    backward: int
+
+
+def live_blocks(
+    pattern: Pattern, T: int, S: int, block: int, *, aligned: bool = False, ordered: bool = False
+) -> int:
+    """Blocks that the engine computes, summed over groups of heads.
+
+    Source: our own count; `plan.live` is the list.
+    """
+    return int(live(Plan(pattern, T, S, block, aligned, ordered)).sum())
+
+
+def engine_flops(
+    pattern: Pattern,
+    B: int,
+    T: int,
+    S: int,
+    N: int,
+    H: int,
+    block: int | None = None,
+    *,
+    aligned: bool = False,
+    ordered: bool = False,
+) -> Flops:
+    """FLOPs of `engine.attention` as written, masked and padded parts of blocks included.
+
+    Each live block takes 2 products forward (scores, values) and 5 backward (scores again, and the
+    cotangents of weights, values, keys, queries); the backward pass adds one row product y . dy. A
+    few queries over a cache, without a gradient, take 2 products over all S keys.
+
+    Source: our own count of `blockwise.py` and `direct.py`.
+    """
+    block = default_block(T, B * N) if block is None else block
+    plan = Plan(pattern, T, S, block, aligned, ordered)
+    groups = live(plan).shape[0]
+    product = 2 * B * N * H * plan.q_size * plan.k_size * int(live(plan).sum()) // groups
+    row_product = 2 * B * N * H * plan.q_size * plan.q_count
+    forward = 4 * B * N * H * T * S if plan.direct else 2 * product
+    return Flops(forward, 5 * product + row_product)
+
+
+def exact_flops(pattern: Pattern, B: int, T: int, S: int, N: int, H: int) -> Flops:
+    """FLOPs of the attention itself: 2 products forward and 4 backward per allowed pair.
+
+    The queries are the last T of S positions (both from 0 if S < T), one document, no padding.
+
+    Source: Dao et al. 2022, FlashAttention, appendix B (products of either pass), with the mask
+    counted exactly; the recomputed product is the program's, not the attention's.
+    """
+    pairs = 0
+    heads, k_pos = np.arange(N)[:, None, None], np.arange(S)[None, None, :]
+    for first in range(0, T, ROWS):
+        q_pos = np.arange(first, min(first + ROWS, T))[None, :, None] + max(S - T, 0)
+        allowed = np.asarray(pattern.allowed(q_pos, k_pos, heads))
+        shape = allowed.shape[0], q_pos.size, S  # one head stands for all where none is read
+        pairs += int(np.broadcast_to(allowed, shape).sum()) * (N // shape[0])
+    return Flops(4 * B * H * pairs, 8 * B * H * pairs)

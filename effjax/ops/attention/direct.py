@@ -1,0 +1,51 @@
+"""Attention of a few queries over a cache: a step of decoding, or a short piece of a prompt."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from effjax.ops.attention.bias import Bias
+from effjax.ops.attention.layout import clear, dot
+from effjax.ops.attention.plan import Plan
+from effjax.ops.attention.scores import NO_KEY, NO_QUERY, Marks
+
+
+def direct_attention(
+    plan: Plan,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    marks: Marks,
+    bias: Bias | None,
+) -> Float[Array, "B T N H"]:
+    """Two products and a masked soft-max over all keys, without blocks; for use without gradients.
+
+    The products take keys and values as [B K S H], so that a cache that is kept so, and updated in a
+    loop, is read where it lies: XLA copies one of another shape at every token, at ten times the
+    cost. For the same reason a single query's values are not cleared at padding: a cache holds
+    finite numbers there.
+
+    Source: the definition, as in `naive.py`.
+    """
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    G = N // K
+
+    places = (
+        jnp.maximum(marks.q_positions, 0)[:, None, :, None],
+        jnp.maximum(marks.k_positions, 0)[:, None, None, :],
+        (plan.group * N + jnp.arange(N))[None, :, None, None],
+    )
+    q_segments = jnp.where(marks.q_live, marks.q_segments, NO_QUERY)[:, None, :, None]
+    k_segments = jnp.where(marks.k_live, marks.k_segments, NO_KEY)[:, None, None, :]
+    reads = (q_segments == k_segments) & plan.pattern.allowed(*places)
+
+    q = clear(q, marks.q_live).swapaxes(1, 2).reshape(B, K, G * T, H)
+    s = dot("bkqh,bksh->bkqs", q, k.swapaxes(1, 2)).reshape(B, N, T, S) * plan.scale
+    if bias is not None:
+        s = s + bias(*places).astype(s.dtype)
+    s = jnp.where(reads, s, -jnp.inf)
+    p = jnp.exp(s - jnp.maximum(s.max(axis=-1, keepdims=True), jnp.finfo(s.dtype).min))
+    z = p.sum(axis=-1, keepdims=True)
+    p = (p / jnp.where(z > 0, z, 1)).astype(v.dtype).reshape(B, K, G * T, S)
+    v = v if T == 1 else clear(v, marks.k_live)
+    y = dot("bkqs,bksh->bkqh", p, v.swapaxes(1, 2)).reshape(B, N, T, H)
+    return jnp.where(z > 0, y, 0).swapaxes(1, 2).astype(q.dtype)
