@@ -1,1 +1,4 @@
-"""Pure functions of arrays: sequence mixing, positions, routing, feed-forward; naive beside fast."""
+"""Pure functions of arrays: sequence mixing, positions, routing, feed-forward.
+
+Each fast form has a naive one beside it.
+"""
