@@ -64,8 +64,9 @@ def exact_flops(pattern: Pattern, B: int, T: int, S: int, N: int, H: int) -> Flo
 
     The queries are the last T of S positions (both from 0 if S < T), one document, no padding.
 
-    Source: Dao et al. 2022, FlashAttention, appendix B (products of either pass), with the mask
-    counted exactly; the recomputed product is the program's, not the attention's.
+    Source: Dao 2023, FlashAttention-2, section 4.1, https://arxiv.org/abs/2307.08691, from where we
+    depart twice: the mask is counted exactly instead of as a half, and the backward pass without
+    the recomputed product, which is the program's and not the attention's.
     """
     pairs = 0
     heads, k_pos = np.arange(N)[:, None, None], np.arange(S)[None, None, :]

@@ -19,10 +19,10 @@ def direct_attention(
 ) -> Float[Array, "B T N H"]:
     """Two products and a masked soft-max over all keys, without blocks; for use without gradients.
 
-    The products take keys and values as [B K S H], so that a cache that is kept so, and updated in a
-    loop, is read where it lies: XLA copies one of another shape at every token, at ten times the
-    cost. For the same reason a single query's values are not cleared at padding: a cache holds
-    finite numbers there.
+    The products take keys and values as [B K S H]: a cache that is kept so and updated in a loop is
+    read where it lies, one of another shape is copied at every token, at ten times the cost. For
+    the same reason a single query's values are not cleared at padding: a cache holds finite numbers
+    there.
 
     Source: the definition, as in `naive.py`.
     """

@@ -12,16 +12,17 @@ from effjax.ops.attention.patterns import Pattern, block_edges
 
 Pairs = tuple[tuple[int, int], ...]
 
-
 DIRECT_QUERIES = 16  # up to so many, scores over all keys take no more room than a block's
 
 
 def default_block(T: int, heads: int) -> int:
     """Tokens in a block when `heads = B N` are computed at once.
 
-    Measured on one core of an AMD EPYC Zen 5 by `experiments.bench.attention`: 128 is fastest until
-    a step's scores outgrow the cache (2 MB); 64 is from there on, and where 128 would cut a row in
-    two and leave a quarter of it to skip. 32 and 256 lose by 10% to 100%.
+    128 is fastest until a step's scores outgrow the cache (2 MB); 64 is from there on, and where
+    128 would cut a row in two and leave a quarter of it to skip. 32 and 256 lose by 10% to 100%.
+
+    Source: `python -m experiments.bench.attention --blocks 32 64 128 256` on one core of an AMD
+    EPYC Zen 5, JAX 0.10.2.
     """
     return 64 if heads > 32 or 128 < T <= 256 else 128
 
