@@ -47,7 +47,7 @@ def compare(config: CompareConfig) -> int:
             for row in comparison.missing():
                 begin = time.perf_counter()
                 made = comparison.make(row)
-                print(row_line(made, time.perf_counter() - begin), flush=True)
+                print(row_line(row, made, time.perf_counter() - begin), flush=True)
         except KeyboardInterrupt:
             left = ", ".join(comparison.missing())
             show(comparison, facts, sample="")
@@ -80,16 +80,16 @@ def header(comparison: Comparison) -> dict[str, str]:
     }
 
 
-def row_line(made: Record, seconds: float) -> str:
+def row_line(row: str, made: Record, seconds: float) -> str:
     """One finished row, in a line."""
     if not made.status.finished:
-        return f"{made.method}: skipped, {made.status.reason}"
+        return f"{row}: skipped, {made.status.reason}"
     quality = made.quality
     spread = "" if quality.low is None else f" [{quality.low:.3f}, {quality.high:.3f}]"
     stored = (made.bytes.stored or 0) / 1e6
     rate = made.time.tokens_per_s_generate or 0
     return (
-        f"{made.method}: {quality.value:.3f} bits per byte{spread}, {stored:.2f} MB stored "
+        f"{row}: {quality.value:.3f} bits per byte{spread}, {stored:.2f} MB stored "
         f"({made.bytes.saving}), {rate:,.0f} tokens/s generated  [{seconds:.0f} s]"
     )
 

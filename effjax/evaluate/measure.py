@@ -17,7 +17,7 @@ from effjax.data.batch import Batch
 from effjax.data.packing import Packed
 from effjax.evaluate.bits_per_byte import BitsPerByte, bits_per_byte
 from effjax.evaluate.record import Bytes, Device, Flops, Parameters
-from effjax.inference.generate import continue_prompts
+from effjax.inference.generate import continue_prompts, decoding_form
 from effjax.inference.sampling import SamplingConfig
 from effjax.objectives.causal_lm import causal_lm
 from effjax.weights import Tree, Weight, is_weight
@@ -74,7 +74,7 @@ def generation(
     tokens = jnp.ones((batch, prompt), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(prompt)[None], tokens.shape)
     options = {"new_tokens": new_tokens, "sampling": SamplingConfig(), "piece": prompt}
-    key = jax.random.key(0)
+    key, params = jax.random.key(0), decoding_form(params)
     return lambda: continue_prompts(apply, params, tokens, positions, key, **options)
 
 

@@ -1,20 +1,18 @@
 """From logits to the next token: greedy, temperature, top-k and nucleus sampling."""
 
-import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from effjax.config import require_positive, require_types
-from effjax.errors import ConfigError
+from effjax.config import require_finite, require_positive, require_types
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """How to draw a token.
 
-    temperature: divides the logits; 0 is greedy, infinity uniform.
+    temperature: divides the logits; 0 is greedy, and the larger it is the closer to uniform.
     top_k: keep the k most probable tokens (None or more than there are: all).
     top_p: keep the fewest most probable tokens whose probability reaches top_p; 0 keeps one.
     """
@@ -26,12 +24,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         require_types(self)
         require_positive(self, "top_k")
-        if math.isnan(self.temperature) or self.temperature < 0:
-            raise ConfigError(
-                f"SamplingConfig.temperature must be at least 0, got {self.temperature}"
-            )
-        if not 0 <= self.top_p <= 1:
-            raise ConfigError(f"SamplingConfig.top_p must lie in [0, 1], got {self.top_p}")
+        require_finite(self, "temperature", low=0.0)
+        require_finite(self, "top_p", low=0.0, high=1.0)
 
 
 def sample(logits: jax.Array, key: jax.Array, config: SamplingConfig) -> jax.Array:
@@ -52,14 +46,18 @@ def restrict(logits: jax.Array, config: SamplingConfig) -> jax.Array:
     exactly k tokens stay. The most probable token always stays.
     """
     scores = logits.astype(jnp.float32)
-    # Shifted before division: a tiny temperature then sends the rest to -inf, never the best to inf.
+    # Shifted before the division: a tiny temperature sends the rest to -inf, never the best to inf.
     scores = (scores - scores.max(axis=-1, keepdims=True)) / max(config.temperature, 1e-30)
-    vocab = scores.shape[-1]
+    if config.top_k is None and config.top_p == 1:
+        return scores
     order = jnp.argsort(-scores, axis=-1, stable=True)
     ranked = jnp.take_along_axis(scores, order, axis=-1)
-    kept = jnp.arange(vocab)[None] < min(config.top_k or vocab, vocab)
-    probability = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    kept &= (before < config.top_p) | (jnp.arange(vocab)[None] == 0)
+    rank = jnp.arange(scores.shape[-1])[None]
+    kept = rank < (config.top_k or rank.size)
+    # Not at top_p = 1: a rounded cumulative sum may get there before the last token.
+    if config.top_p < 1:
+        probability = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
+        before = jnp.cumsum(probability, axis=-1) - probability
+        kept &= (before < config.top_p) | (rank == 0)
     ranked = jnp.where(kept, ranked, -jnp.inf)
     return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1)

@@ -3,13 +3,13 @@
 import statistics
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 from effjax.config import require_finite, require_types
 from effjax.data.corpora import load
 from effjax.errors import ConfigError, near
 from effjax.evaluate.record import Record, read_records, write_records
-from effjax.models.configs import DecoderConfig
+from effjax.models.configs import DecoderConfig, Kind
 from effjax.models.decoder import decoder
 from effjax.models.presets import tiny
 from effjax.select.equal_flops import FLOPS_PER_MINUTE
@@ -18,7 +18,6 @@ from effjax.training import checkpoints
 from effjax.training.loop import TrainConfig
 from effjax.training.run_directory import RunDirectory
 from effjax.training.saved_model import load_model, save_model
-from effjax.transforms.adapt.lora import adapters
 from effjax.transforms.recipe import apply_recipe
 from effjax.weights import Tree
 
@@ -32,7 +31,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "2:4": [{"verb": "semi_structured", "where": "stack/**/kernel"}],
     "svd": [{"verb": "svd", "rank": 32, "where": "stack/**/kernel"}],
 }
-LORA = [{"verb": "lora", "rank": 8, "where": "stack/**/kernel"}]
+LORA = [{"verb": "lora", "rank": 8, "alpha": 16.0, "where": "stack/**/kernel"}]
 LORA_SHARE = 0.25
 """The fine-tune's share of a trained row's FLOPs."""
 
@@ -40,6 +39,8 @@ ADAPTED = ("topics", "lora")
 """Scored on the second text, off the fronts: the baseline as it is, and its fine-tune."""
 
 ROWS = (BASELINE, *RECIPES, *ADAPTED, *TRAINED[1:])
+METHODS = {SECOND_SEED: BASELINE, "topics": BASELINE}
+"""The method that a row is another run of: with another seed, or scored on another text."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ class CompareConfig:
 
     def model_of(self, row: str) -> DecoderConfig:
         """The decoder that a row trains or transforms."""
-        if row in ("window", "retention", "state_space"):
-            return replace(self.model, pattern=(row,))
+        if row in get_args(Kind):
+            return replace(self.model, pattern=(row,))  # type: ignore[arg-type]
         return replace(self.model, feedforward="switch") if row == "switch" else self.model
 
     def seed_of(self, row: str) -> int:
@@ -126,7 +127,7 @@ class Comparison:
         self.laboratory = Laboratory("compare", config, config.seed)
         stored = directory / "record.json"
         found = read_records(stored) if stored.exists() else []
-        self.records = {r.method: r for r in found if r.status.finished}
+        self.records = {self._row_of(r): r for r in found if r.status.finished}
         self.costs: list[Cost] = []
         self._base: Tree = None
         self._adapt: Text | None = None
@@ -180,14 +181,12 @@ class Comparison:
     def _trained(self, row: str) -> Row:
         model, setting = self.config.model_of(row), self.config.train
         setting = replace(setting, seed=self.config.seed_of(row))
-        options: dict[str, Any] = {}
-        text, recipe = self.text, []
+        text, recipe, adapt = self.text, [], None
         if row == "lora":
             text, recipe = self._second_text(), LORA
-            params = apply_recipe(LORA, decoder(model).axes_of)(self.baseline())
-            options = {"params": params, "where": adapters}
+            adapt = apply_recipe(LORA, decoder(model).axes_of)(self.baseline())
         budget, log = self.config.budget_of(row), self.directory.log
-        params, training = fit(row, model, setting, text, budget, log, **options)
+        params, training = fit(row, model, setting, text, budget, log, adapt=adapt)
         # A row that was interrupted between its checkpoint and its record is made again.
         folder = self.directory / "checkpoints" / row
         if checkpoints.latest_step(folder) is None:
@@ -210,7 +209,7 @@ class Comparison:
             self.laboratory.refer_to(self.config.model, self.baseline(), base)
         train = self.config.train
         return self.laboratory.measured(
-            row,
+            METHODS.get(row, row),
             self.config.model_of(row),
             params,
             text,
@@ -220,10 +219,19 @@ class Comparison:
             **how,
         )
 
+    def _row_of(self, made: Record) -> str:
+        if made.method != BASELINE:
+            return made.method
+        if made.corpus.digest != self.text.corpus.digest:
+            return "topics"
+        return BASELINE if made.seed == self.config.seed else SECOND_SEED
+
     def _second_text(self) -> Text:
         if self._adapt is None:
             self._adapt = Text(load(self.config.adapt_corpus), self.config.train.length)
         return self._adapt
 
     def _skipped(self, row: str, why: str) -> Record:
-        return self.laboratory.skipped(row, self.text, self.config.seed_of(row), why)
+        return self.laboratory.skipped(
+            METHODS.get(row, row), self.text, self.config.seed_of(row), why
+        )

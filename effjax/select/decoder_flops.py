@@ -1,16 +1,44 @@
 """Model FLOPs of a decoder's config: the parts of `model_flops`, put together as the model is."""
 
+import jax
+
 from effjax.models.configs import DecoderConfig
+from effjax.models.decoder import decoder
 from effjax.select import model_flops as part
+from effjax.weights import LowRank, Tree, is_weight
 
 
 def training_flops(config: DecoderConfig, length: int) -> float:
-    """Model FLOPs of training on one token, in rows of `length` tokens: what budgets are made of."""
+    """Model FLOPs of training all of a decoder on one token, in rows of `length` tokens."""
     return part.training(forward_flops(config, length))
 
 
+def adapter_training_flops(config: DecoderConfig, length: int, params: Tree) -> float:
+    """Model FLOPs of training the `LowRank` updates in `params` on one token, their bases frozen.
+
+    A frozen weight's gradient is never formed, so it costs 2 passes instead of 3; what mixes tokens
+    has no weights and costs 3; each update costs 3 passes of 2 R (inputs + outputs).
+    """
+    leaves = jax.tree.leaves(params, is_leaf=is_weight)
+    updates = sum(2.0 * (w.a.size + w.b.size) for w in leaves if isinstance(w, LowRank))
+    frozen = weight_flops(config)
+    return part.training(forward_flops(config, length) - frozen + updates, frozen)
+
+
+def weight_flops(config: DecoderConfig) -> float:
+    """Model FLOPs of one token forward through the weights alone: 2 for each that it meets."""
+    init, _, axes_of = decoder(config)
+    params = jax.eval_shape(init, jax.random.key(0))
+    met = 0.0
+    for w, ax in zip(jax.tree.leaves(params), jax.tree.leaves(axes_of(params)), strict=True):
+        if ax.is_matrix:
+            one_of = config.switch.experts if "experts" in ax.batch else 1
+            met += 2.0 * w.size / one_of
+    return met
+
+
 def forward_flops(config: DecoderConfig, length: int) -> float:
-    """Model FLOPs of one token forward, averaged over the positions of a row (see `model_flops`)."""
+    """Model FLOPs of one token forward, averaged over a row's positions (see `model_flops`)."""
     mixers = {
         "attention": _attention,
         "window": _window,

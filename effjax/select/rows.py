@@ -21,10 +21,11 @@ from effjax.evaluate.record import Record
 from effjax.inference.state_size import state_bytes
 from effjax.models.configs import DecoderConfig
 from effjax.models.decoder import decoder
-from effjax.select.decoder_flops import training_flops
+from effjax.select.decoder_flops import adapter_training_flops, training_flops
 from effjax.select.equal_flops import Plan, steps
 from effjax.training.loop import TrainConfig, compile_step, start, train
 from effjax.training.progress import Progress, trainable_line
+from effjax.transforms.adapt.lora import adapters
 from effjax.weights import Tree
 
 Log = Callable[..., None]
@@ -80,13 +81,18 @@ def fit(
     text: Text,
     budget: float,
     log: Log,
-    **options: Any,
+    *,
+    adapt: Tree = None,
 ) -> tuple[Tree, Training]:
-    """Trains a decoder for a budget of model FLOPs; `options` go to `training.loop.start`.
+    """Trains a decoder for a budget of model FLOPs; of `adapt`, its low-rank updates only.
 
     Raises ConfigError where the budget does not pay for one step.
     """
+    options: dict[str, Any] = {}
     per_token = training_flops(model, setting.length)
+    if adapt is not None:
+        options = {"params": adapt, "where": adapters}
+        per_token = adapter_training_flops(model, setting.length, adapt)
     plan = steps(name, budget, per_token, setting.tokens_per_step)
     loader = ArrayLoader(text.learned, setting.batch, setting.seed)
     run = start(model, setting, plan.steps, **options)
@@ -94,7 +100,7 @@ def fit(
     hardware = flops.count(run.step, run.state, first)
     compiled = compile_step(run, first)
     trainable, total = (_numbers(tree) for tree in (run.state.trainable, run.state.params))
-    if trainable < total:
+    if adapt is not None:
         print(trainable_line(trainable, total))
     peak = peaks().matmul_float32
     tokens = setting.tokens_per_step
@@ -201,7 +207,7 @@ class Laboratory:
         )
 
     def _speed(self, apply: Callable, params: Tree) -> float:
-        """Tokens/s of generation: the reference's, times how much faster this is in turns with it."""
+        """Generated tokens/s: the reference's, times how much faster this is in turns with it."""
         thunk = _generation(apply, params)
         if self.reference is None:
             timing = clock.measure(thunk, rounds=ROUNDS)
@@ -218,7 +224,7 @@ def _generation(apply: Callable, params: Tree) -> Callable:
 def _trained(training: Training, length: int, batch: int) -> dict[str, Any]:
     spread = clock.Spread.of(training.seconds)
     joules, grams = training.energy, carbon(training.energy)
-    reasons = {}
+    reasons: dict[str, str] = {}
     if joules.joules is None:
         reasons |= {"energy": joules.source, "carbon": grams.source}
     if training.memory.temporaries is None:

@@ -33,6 +33,19 @@ def split_runs(params: Tree, axes: Tree, *, at: Sequence[int], stack: str = "sta
     return _with_runs(params, stack, [places[s:e] for s, e in zip(starts, ends, strict=True)])
 
 
+def split_every_layer(params: Tree, *, stack: str = "stack") -> Tree:
+    """Gives every layer a run of its own: the same function, compiled layer by layer.
+
+    Loops over layers become straight code and each layer's weights an array of their own, which no
+    step has to slice out of a stack; the program grows with the depth.
+
+    Source: none, bookkeeping.
+    """
+    runs = params[stack]["runs"]
+    places = [(name, i) for name in sorted(runs) for i in range(_depth(runs[name]))]
+    return _with_runs(params, stack, [[place] for place in places])
+
+
 def keep_layers(params: Tree, axes: Tree, *, layers: Sequence[int], stack: str = "stack") -> Tree:
     """Makes a stack of the given layers, in that order: fewer, repeated or moved.
 
@@ -61,8 +74,12 @@ def _places(params: Tree, axes: Tree, stack: str, verb: str) -> list[tuple[str, 
     for ax in jax.tree.leaves(axes[stack]["runs"]):
         if ax.batch[:1] != ("layers",):
             raise ConfigError(f"{verb}: a weight of {stack!r} has no leading layers: {ax.names}")
-    sizes = {name: jax.tree.leaves(run)[0].shape[0] for name, run in runs.items()}
+    sizes = {name: _depth(run) for name, run in runs.items()}
     return [(name, index) for name in sorted(sizes) for index in range(sizes[name])]
+
+
+def _depth(run: Tree) -> int:
+    return jax.tree.leaves(run)[0].shape[0]
 
 
 def _with_runs(params: Tree, stack: str, groups: list[list[tuple[str, int]]]) -> Tree:

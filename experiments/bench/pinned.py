@@ -6,14 +6,14 @@ Import this first: XLA and torch size their thread pools by the cores that a pro
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 CORE = max(os.sched_getaffinity(0))
 os.sched_setaffinity(0, {CORE})
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def rounds(thunks: dict[str, Callable[[], object]], count: int) -> dict[str, list[float]]:
+def rounds(thunks: Mapping[str, Callable[[], object]], count: int) -> dict[str, list[float]]:
     """CPU seconds of each thunk, round by round; each is called once before, unmeasured.
 
     A thunk returns when its work is done (it blocks until its result is ready).
