@@ -72,17 +72,19 @@ def on_bases(
 
 
 def on_weights(verb: str, f: Visit, params: Tree, axes: Tree, where: Where) -> Tree:
-    """Replaces every selected weight by `f(path, weight, axes)`.
+    """Replaces every selected weight that has inputs and outputs by `f(path, weight, axes)`.
 
-    Raises ConfigError for a weight that is not a matrix, is empty, holds NaN or infinity (when the
-    arrays are concrete), or holds a leaf type for which the verb has no rule; for nothing selected.
+    So `where="stack/**"` leaves norms and constants alone. Raises ConfigError when it selects
+    nothing else, or nothing; for a weight that is empty, holds NaN or infinity (when the arrays are
+    concrete), or holds a leaf type for which the verb has no rule.
     """
     finite: dict[str, list[jax.Array]] = {}
+    passed_over: list[str] = []
 
     def visit(path: str, w: AnyWeight, ax: Axes) -> AnyWeight:
         if not ax.is_matrix:
-            kind = "is a constant" if ax.constant else "has no inputs and outputs"
-            raise ConfigError(f"{verb} at {path!r}: this weight {kind} (axes {ax.names})")
+            passed_over.append(path)
+            return w
         if len(w.shape) != len(ax.names):
             raise ValueError(f"{verb} at {path!r}: axes {ax.names} for shape {tuple(w.shape)}")
         if math.prod(w.shape) == 0:
@@ -92,6 +94,10 @@ def on_weights(verb: str, f: Visit, params: Tree, axes: Tree, where: Where) -> T
         return f(path, w, ax)
 
     changed = map_where(visit, params, axes, where)
+    if not finite:
+        raise ConfigError(
+            f"{verb}: where={where!r} selects only vectors and constants: {', '.join(passed_over)}"
+        )
     for path, flags in jax.device_get(finite).items():
         if not all(flags):
             raise ConfigError(f"{verb} at {path!r}: this weight holds NaN or infinity")

@@ -285,6 +285,7 @@ def test_only_what_is_selected_changes(verb):
     params = before(verb)
     some = apply(verb, params, where="stack/**/kernel")
     assert paths(some) == paths(params)
+    assert weight(apply(verb, params, where="stack/**"), NORM) is weight(params, NORM)
     for path in (EMBED, UP, NORM):
         assert weight(some, path) is weight(params, path)
     assert type(weight(some, HEADS)) is not type(weight(params, HEADS))
@@ -321,7 +322,7 @@ def test_bad_selections_are_refused(verb):
     if verb != "merge":
         with pytest.raises(ConfigError, match=f"{verb} at 'w': this weight is empty"):
             VERBS[verb]({"w": jnp.zeros((0, 4))}, AXES, **VERB_CASES[verb])
-        with pytest.raises(ConfigError, match=f"{verb} at 'w': this weight is a constant"):
+        with pytest.raises(ConfigError, match=f"{verb}: where='w' selects only vectors and const"):
             VERBS[verb]({"w": jnp.ones((4, 4))}, CONSTANT, **VERB_CASES[verb], where="w")
         with pytest.raises(ValueError, match="axes"):
             VERBS[verb]({"w": jnp.ones((4, 4, 4))}, AXES, **VERB_CASES[verb])
