@@ -32,6 +32,9 @@ def read_text(path: str | os.PathLike[str]) -> bytes:
     """Reads one UTF-8 file as bytes; DataError names the file and the offending byte."""
     where = f"corpus file {os.fspath(path)}"
     try:
+        # Reading a pipe or a device would wait for ever.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise DataError(f"{where} is not a regular file")
         text = Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"{where} is unreadable: {error.strerror}") from None
@@ -53,7 +56,7 @@ def _listed(spec: str, names: Iterable[str]) -> list[tuple[str, str]]:
     if kind is not None:
         raise DataError(f"corpus {spec} is neither a file nor a directory")
     if glob.has_magic(path):
-        matches = {match for match in glob.glob(path, recursive=True) if os.path.isfile(match)}
+        matches = {match for match in glob.glob(path, recursive=True) if not os.path.isdir(match)}
         if not matches:
             raise DataError(f"corpus glob {spec!r} matches no file")
         return _relative(matches, _fixed_part(path))

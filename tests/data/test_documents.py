@@ -106,6 +106,11 @@ def test_few_long_texts_are_cut_by_position(texts):
     assert train.documents[0].text == texts[0][: int(len(texts[0]) * 0.9)]
 
 
+def test_the_smallest_share_still_holds_a_character_out():
+    train, held = corpus(b"abc").split(1e-300)
+    assert (train.documents[0].text, held.documents[0].text) == (b"ab", b"c")
+
+
 def test_split_refuses_what_it_cannot_do():
     for share in (0, 1, -0.1, 2, float("nan")):
         with pytest.raises(ConfigError, match="held_out must lie between 0 and 1, got"):
@@ -132,6 +137,7 @@ def test_prefix_reads_nothing_after_the_limit():
         raise AssertionError("read on")
 
     assert [d.text for d in prefix(documents(), 6)] == [b"xx", "yé".encode()]
+    assert [d.text for d in prefix(documents(), 7)] == [b"xx", "yéé".encode()]
 
 
 def test_check_utf8_names_place_and_offset():

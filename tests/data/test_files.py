@@ -41,6 +41,8 @@ def test_one_file_and_globs(tree):
     assert names(text_files(str(tree / "b.txt"))) == ["b.txt"]
     assert names(text_files(f"{tree}/*.txt")) == ["a.txt", "b.txt"]
     assert names(text_files(f"{tree}/**/*.txt")) == ["a.txt", "a/empty.txt", "a/z.txt", "b.txt"]
+    assert names(text_files(f"{tree}/a*")) == ["a.txt"]
+    assert names(text_files(f"{tree}/*/*/*.md")) == ["a/b/c.md"]
     assert names(text_files(f"{tree}/a*/*.txt")) == ["a/empty.txt", "a/z.txt"]
 
 
@@ -91,6 +93,8 @@ def test_literal_name_that_looks_like_a_glob(tree):
         ("nothing", r"corpus directory .*nothing holds no files"),
         ("empties", r"corpus .*empties: all 2 files are empty"),
         ("pipe", r"corpus .*pipe is neither a file nor a directory"),
+        ("pip*", r"corpus file .*pipe is not a regular file"),
+        ("special", r"corpus file .*gone is unreadable: No such file"),
         ("nul\0", r"no such file or directory"),
     ],
 )
@@ -101,6 +105,8 @@ def test_refusals_name_the_file(tree, spec, message):
     (tree / "empties/1").touch()
     (tree / "empties/2").touch()
     os.mkfifo(tree / "pipe")
+    (tree / "special").mkdir()
+    (tree / "special/gone").symlink_to("nowhere")
     with pytest.raises(DataError, match=message) as error:
         text_files(f"{tree}/{spec}")
     assert "\n" not in str(error.value)

@@ -119,6 +119,12 @@ def test_resume_law_catches():
             resume_law(fault)
 
 
+def test_a_position_says_what_it_refers_to():
+    fields = {"epoch", "index", "seed", "batch", "length", "rows", "order", "digest"}
+    assert set(ArrayLoader(packed(7), 4, 5).position) == fields
+    assert set(corpus_loader().position) == fields | {"corpus", "tokenizer"}
+
+
 def test_take_moves_the_position_batch_by_batch():
     loader = ArrayLoader(packed(10), 4, 0)
     batches = loader.take(5)
@@ -165,7 +171,7 @@ def test_a_position_of_another_run_is_refused(change, field):
     "damage",
     [
         {"epoch": None},
-        {"epoch": -1},
+        {"epoch": -1, "index": 5},
         {"epoch": 1.0},
         {"epoch": True},
         {"index": "4"},

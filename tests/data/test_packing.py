@@ -143,6 +143,8 @@ def test_ids_keep_their_value_in_every_type():
             documents = [np.array([0, 100, 127], dtype), np.zeros(0), np.array([5], np.int32)]
             batch = pack(documents, 3, vocab).batch()
             assert batch.tokens.ravel()[:4].tolist() == [0, 100, 127, 5]
+    for vocab in (256, 257, 65_536, 65_537):
+        assert pack([np.array([vocab - 1])], 1, vocab).batch().tokens[0, 0] == vocab - 1
     top = 2**31 - 1
     assert pack([np.array([top])], 1).batch().tokens[0, 0] == top
 

@@ -47,6 +47,17 @@ def test_a_limit_shortens_both():
     assert python_topics(10_000).bytes <= 10_000
 
 
+def test_line_ends_and_the_order_of_topics_do_not_depend_on_the_machine(monkeypatch):
+    from pydoc_data import topics as module
+
+    sources, topics = python_sources(5000).digest, python_topics().digest
+    read = python_text.read_text
+    monkeypatch.setattr(python_text, "read_text", lambda p: read(p).replace(b"\n", b"\r\n"))
+    monkeypatch.setattr(module, "topics", dict(reversed(module.topics.items())))
+    assert python_sources(5000).digest == sources
+    assert python_topics().digest == topics
+
+
 def test_a_python_without_sources_or_topics_is_refused(monkeypatch):
     monkeypatch.setattr(python_text, "_source_names", lambda root: iter(()))
     with pytest.raises(
