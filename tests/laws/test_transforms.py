@@ -315,9 +315,7 @@ def test_bad_selections_are_refused(verb):
         apply(verb, params, where="stack/runs/000/heads/kernal")
     with pytest.raises(ConfigError, match="selects none of the 4 weights"):
         apply(verb, params, where=lambda path, w, axes: False)
-    with pytest.raises(
-        ConfigError, match=f"{verb} at '{NORM}': this weight has no inputs and outputs"
-    ):
+    with pytest.raises(ConfigError, match=f"{verb}: where=.* only vectors and constants: {NORM}"):
         apply(verb, params, where="**/norm/*")
     if verb != "merge":
         with pytest.raises(ConfigError, match=f"{verb} at 'w': this weight is empty"):
