@@ -10,9 +10,6 @@ from jaxtyping import Array, Float, Int
 from effjax.ops.attention.engine import attention
 from effjax.ops.attention.patterns import Pattern
 
-DIRECT_QUERIES = 16
-"""Pieces of up to this many queries form their scores at once; longer ones use the engine."""
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -109,44 +106,16 @@ def read_cache(
     Source: as `naive_attention`; Vaswani et al. 2017, section 3.2.1,
     https://arxiv.org/abs/1706.03762
     """
-    if q.shape[1] > DIRECT_QUERIES:
-        k, v = (
-            x.reshape(q.shape[0], -1, *x.shape[1:]).swapaxes(1, 2).astype(q.dtype)
-            for x in (cache.k, cache.v)
-        )
-        return attention(
-            q,
-            k,
-            v,
-            pattern=pattern,
-            q_positions=positions,
-            k_positions=cache.positions,
-            q_segments=segments,
-            k_segments=cache.segments,
-        )
-    return _read_directly(cache, q, pattern, positions, segments)
-
-
-def _read_directly(
-    cache: Cache, q: jax.Array, pattern: Pattern, positions: jax.Array, segments: jax.Array
-) -> jax.Array:
-    B, T, N, H = q.shape
-    S, K = cache.k.shape[1], cache.k.shape[0] // B
-    float32 = jnp.promote_types(q.dtype, jnp.float32)
-    head = jnp.arange(N)[None, :, None, None]
-    q_pos, k_pos = positions[:, None, :, None], cache.positions[:, None, None, :]
-    reads = pattern.allowed(q_pos, k_pos, head) & (q_pos >= 0) & (k_pos >= 0)
-    reads &= segments[:, None, :, None] == cache.segments[:, None, None, :]
-
-    live = (positions >= 0)[:, :, None, None]
-    q = jnp.where(live, q, 0).astype(cache.k.dtype).swapaxes(1, 2).reshape(B * K, N // K * T, H)
-    scores = jnp.einsum("gqh,gsh->gqs", q, cache.k, preferred_element_type=float32)
-    reads = jnp.broadcast_to(reads, (B, N, T, S)).reshape(scores.shape)
-    scores = jnp.where(reads, scores * H**-0.5, -jnp.inf)
-    highest = scores.max(axis=-1, keepdims=True)
-    weights = jnp.where(reads, jnp.exp(scores - jnp.where(highest > -jnp.inf, highest, 0)), 0)
-    total = weights.sum(axis=-1, keepdims=True)
-    y = jnp.einsum(
-        "gqs,gsh->gqh", weights.astype(cache.v.dtype), cache.v, preferred_element_type=float32
-    ) / jnp.where(total > 0, total, 1)
-    return y.reshape(B, N, T, H).swapaxes(1, 2).astype(q.dtype)
+    k, v = (
+        x.reshape(q.shape[0], -1, *x.shape[1:]).swapaxes(1, 2) for x in (cache.k, cache.v)
+    )
+    return attention(
+        q,
+        k,
+        v,
+        pattern=pattern,
+        q_positions=positions,
+        k_positions=cache.positions,
+        q_segments=segments,
+        k_segments=cache.segments,
+    )
