@@ -16,7 +16,7 @@ from effjax.cost.memory import stored_bytes
 from effjax.data.batch import Batch
 from effjax.data.packing import Packed
 from effjax.evaluate.bits_per_byte import BitsPerByte, bits_per_byte
-from effjax.evaluate.record import Bytes, Device, Flops, Parameters
+from effjax.evaluate.record import Bytes, Device
 from effjax.inference.generate import continue_prompts, decoding_form
 from effjax.inference.sampling import SamplingConfig
 from effjax.objectives.causal_lm import causal_lm
@@ -36,12 +36,6 @@ def row_losses(apply: Callable, params: Tree, batch: Batch) -> tuple[jax.Array, 
     """Nats and predicted tokens of each row [B]; nothing is dropped and no key is used."""
     logits, _, _ = apply(params, batch.tokens, positions=batch.positions, segments=batch.segments)
     return jax.vmap(lambda h, y: causal_lm(h[None], y[None]))(logits, batch.targets)
-
-
-def parameters(params: Tree, trainable: Tree = None) -> Parameters:
-    """Numbers in the weights as they are stored, and in the trained part of them."""
-    total, trained = (sum(v.size for v in jax.tree.leaves(tree)) for tree in (params, trainable))
-    return Parameters(total=total, trainable=trained)
 
 
 def storage(params: Tree) -> Bytes:
@@ -84,16 +78,6 @@ def relative_speed(
     """How many times as fast as the reference a thunk is, side by side; and the thunk's timing."""
     timings = clock.interleave({"row": thunk, "reference": reference}, rounds=rounds)
     return clock.ratio(timings["reference"], timings["row"], "wall"), timings["row"]
-
-
-def train_flops(model: float, hardware: flops.Flops, steps: int, per_token: float) -> Flops:
-    """The record's group from a closed form of the whole training and a count of one step."""
-    return Flops(
-        train_model=round(model),
-        train_hardware=hardware.total * steps,
-        per_token=per_token,
-        unknown=hardware.unknown,
-    )
 
 
 @cache

@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import jax
-
 from effjax.config import digest
 from effjax.cost import clock, flops
 from effjax.cost.energy import Energy as Joules
@@ -26,7 +24,7 @@ from effjax.select.equal_flops import Plan, steps
 from effjax.training.loop import TrainConfig, compile_step, start, train
 from effjax.training.progress import Progress, trainable_line
 from effjax.transforms.adapt.lora import adapters
-from effjax.weights import Tree
+from effjax.weights import Tree, count_parameters
 
 Log = Callable[..., None]
 
@@ -99,7 +97,7 @@ def fit(
     first = loader.batch_at(0)
     hardware = flops.count(run.step, run.state, first)
     compiled = compile_step(run, first)
-    trainable, total = (_numbers(tree) for tree in (run.state.trainable, run.state.params))
+    trainable, total = map(count_parameters, (run.state.trainable, run.state.params))
     if adapt is not None:
         print(trainable_line(trainable, total))
     peak = peaks().matmul_float32
@@ -172,7 +170,7 @@ class Laboratory:
             quality=quality,
             recipe=tuple(recipe),
             params=record.Parameters(
-                _numbers(params), training.trainable if training is not None else 0
+                count_parameters(params), training.trainable if training is not None else 0
             ),
             bytes=measure.storage(params),
             state_bytes=record.StateBytes(state.fixed, float(state.per_token)),
@@ -266,7 +264,3 @@ def _untrained(base: Record | None) -> dict[str, Any]:
 
 def _source(joules: Joules) -> str | None:
     return None if joules.kind is None else f"{joules.kind}: {joules.source}"
-
-
-def _numbers(tree: Tree) -> int:
-    return sum(v.size for v in jax.tree.leaves(tree))

@@ -72,6 +72,7 @@ class Factored(Weight):
     num_inputs: int = field(default=1, metadata={"static": True})
 
     learned: ClassVar[tuple[str, ...]] = ("a", "b")
+    parameters: ClassVar[tuple[str, ...]] = ("a", "b")
     saving: ClassVar[Saving | None] = "realised"
 
     def materialize(self) -> jax.Array:
@@ -101,6 +102,7 @@ class LowRank(Weight):
     num_inputs: int = field(default=1, metadata={"static": True})
 
     learned: ClassVar[tuple[str, ...]] = ("a", "b")
+    parameters: ClassVar[tuple[str, ...]] = ("base", "a", "b")
 
     def materialize(self) -> jax.Array:
         base = dense(self.base)

@@ -33,6 +33,7 @@ class Quantized(Weight):
     zero: jax.Array | None = None
 
     learned: ClassVar[tuple[str, ...]] = ()
+    parameters: ClassVar[tuple[str, ...]] = ("codes",)
     saving: ClassVar[Saving | None] = "realised"
 
     def materialize(self) -> jax.Array:

@@ -23,6 +23,7 @@ class Masked(Weight):
     mask: jax.Array
 
     learned: ClassVar[tuple[str, ...]] = ("base",)
+    parameters: ClassVar[tuple[str, ...]] = ("base",)
     saving: ClassVar[Saving | None] = "simulated"
 
     def materialize(self) -> jax.Array:
@@ -61,6 +62,7 @@ class SemiStructured(Weight):
     axis: int = field(default=-1, metadata={"static": True})
 
     learned: ClassVar[tuple[str, ...]] = ("values",)
+    parameters: ClassVar[tuple[str, ...]] = ("values",)
     saving: ClassVar[Saving | None] = "realised"
 
     def materialize(self) -> jax.Array:

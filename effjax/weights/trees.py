@@ -114,6 +114,20 @@ def learned_parts(w: AnyWeight) -> Any:
     return w.replaced(**marked)
 
 
+def count_parameters(params: Tree) -> int:
+    """Parameters in a tree: entries of plain arrays and of leaves' `parameters` parts.
+
+    Quantising keeps the count, a 2:4 leaf has half, a mask none; a frozen half counts what is there.
+    """
+    return sum(map(_count, jax.tree.leaves(params, is_leaf=is_weight)))
+
+
+def _count(w: AnyWeight | None) -> int:
+    if isinstance(w, Weight):
+        return sum(_count(getattr(w, name)) for name in w.parameters)
+    return 0 if w is None else w.size
+
+
 def combine(trainable: Tree, frozen: Tree) -> Tree:
     """The inverse of `partition`."""
     return jax.tree.map(

@@ -27,6 +27,9 @@ class Weight:
     learned: ClassVar[tuple[str, ...]] = ()
     """The fields that training may change; a nested leaf among them decides for itself."""
 
+    parameters: ClassVar[tuple[str, ...]] = ()
+    """The fields whose entries are parameters; scales, masks and positions are not."""
+
     saving: ClassVar[Saving | None] = None
     """Whether the bytes this leaf saves are gone from memory or only would be in another format."""
 
