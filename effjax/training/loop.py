@@ -1,11 +1,12 @@
 """The loop: a compiled step on a mesh, fed in order, observed from outside."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -36,8 +37,8 @@ from effjax.weights.trees import Where
 class TrainConfig:
     """How to train: the batch, its cut into micro-batches, what is recomputed, the optimiser.
 
-    batch: rows a step, over all devices. length: tokens a row. microbatches: parts of the batch that
-    run one after the other. remat: what the backward pass computes again instead of keeping.
+    batch: rows a step, over all devices. length: tokens a row. microbatches: parts of the batch
+    that run one after the other. remat: what the backward pass computes again instead of keeping.
     """
 
     batch: int = 16
@@ -77,16 +78,18 @@ def start(
     steps: int,
     *,
     mesh: MeshConfig | None = None,
+    devices: Sequence[jax.Device] | None = None,
     params: Tree = None,
     where: Where = "**",
 ) -> Run:
-    """Builds the state and the step of a run of `steps` steps on all local devices.
+    """Builds the state and the step of a run of `steps` steps on these devices (None: all).
 
-    params: start from these instead of fresh ones (LoRA, fine-tuning); `where` trains a part of
-    them. Parameters and optimiser state are born sharded: no device ever holds the whole.
+    params: start from a copy of these instead of fresh ones (LoRA, fine-tuning); `where` trains a
+    part of them. Fresh parameters and optimiser state are born sharded: no device ever holds the
+    whole. The step donates its state: a run that goes on leaves nothing of the state before.
     Raises ConfigError where the batch or a weight does not divide over the mesh.
     """
-    grid = make_mesh(mesh or MeshConfig())
+    grid = make_mesh(mesh or MeshConfig(), devices)
     parts = grid.shape["data"] * grid.shape["fsdp"]
     batch_sharding(grid, size=train.batch)
     if train.batch // parts % train.microbatches:
@@ -101,7 +104,7 @@ def start(
         placed = shardings(abstract, axes_of(abstract), grid)
         params = jax.jit(init, out_shardings=placed)(jax.random.fold_in(root, 0))
     else:
-        params = shard(params, axes_of(params), grid)
+        params = _copied(shard(params, axes_of(params), grid))
     axes = axes_of(params)
     rule = optimizer(train.optimizer, steps, params, axes)
     trainable, frozen = partition(params, axes, where)
@@ -121,6 +124,12 @@ def start(
     # The state comes back where it was; metrics are the compiler's to place.
     kept = jax.tree.map(lambda v: v.sharding, state)
     return Run(state, jax.jit(step, donate_argnums=0, out_shardings=(kept, None)), grid)
+
+
+def _copied(params: Tree) -> Tree:
+    """The same arrays in memory of their own: what a step donates must not be the caller's."""
+    placed = jax.tree.map(lambda v: v.sharding, params)
+    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=placed)(params)
 
 
 class CompiledStep(NamedTuple):

@@ -1,6 +1,8 @@
 """The directory of a run: the config it belongs to, and metrics, a JSON line each."""
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from effjax.errors import ConfigError
 
 
 class RunDirectory:
-    """A directory that belongs to one config: `config.json`, `metrics.jsonl` and what else is put in.
+    """A directory that belongs to one config: `config.json`, `metrics.jsonl` and what is put in.
 
     Opening it again with the same config goes on; another config is refused with the differences.
     Raises ConfigError where it cannot be made or written.
@@ -22,26 +24,28 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self.resumed = where.exists()
             if not self.resumed:
-                where.write_text(json.dumps(to_json(config), indent=1) + "\n", encoding="utf-8")
+                _write_whole(where, json.dumps(to_json(config), indent=1) + "\n")
+            elif changed := differences(read_json(str(where)), to_json(config)):
+                raise ConfigError(
+                    f"{str(self.path)!r} belongs to another config: {'; '.join(changed)}; "
+                    "give another --out, or the same options"
+                )
             self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         except OSError as error:
             raise ConfigError(
                 f"run directory {str(self.path)!r} cannot be written: {error.strerror}"
             ) from None
-        changed = differences(read_json(str(where)), to_json(config)) if self.resumed else []
-        if changed:
-            self.close()
-            raise ConfigError(
-                f"{str(self.path)!r} belongs to another config: {'; '.join(changed)}; "
-                "give another --out, or the same options"
-            )
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
     def log(self, **values: Any) -> None:
-        """Appends one line to `metrics.jsonl`."""
-        self._metrics.write(json.dumps(values) + "\n")
+        """Appends one line to `metrics.jsonl`; a number that is not finite is null in JSON."""
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
+        self._metrics.write(json.dumps(finite) + "\n")
 
     def close(self) -> None:
         """Closes the metrics file."""
@@ -52,3 +56,10 @@ class RunDirectory:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all, so that an interrupted start is no start."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
