@@ -28,18 +28,20 @@ _CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 
 @dataclass(frozen=True)
 class Flops:
-    """Work of a program. `total` is exact when `unknown` is empty.
+    """Work of a program. `total` is exact when `unknown` and `bounded` are empty.
 
     `total`: FLOPs of matrix products, convolutions, FFTs and factorisations, a multiply-add as
     two. `by_primitive`: the same by primitive; `declared` is what functions named `..._flops_<n>`
     say of themselves. `elementwise`: floating-point operations outside them, counted apart.
-    `unknown`: what could not be counted, or only once, and where it stands.
+    `unknown`: what could not be counted, or only once, and where it stands: `total` is the least.
+    `bounded`: conditions whose branches differ; the dearest counts, so `total` is the most.
     """
 
     total: int = 0
     by_primitive: dict[str, int] = field(default_factory=dict)
     elementwise: int = 0
     unknown: tuple[str, ...] = ()
+    bounded: tuple[str, ...] = ()
 
     def __add__(self, other: "Flops") -> "Flops":
         names = {**self.by_primitive, **other.by_primitive}
@@ -51,6 +53,7 @@ class Flops:
             merged,
             self.elementwise + other.elementwise,
             tuple(dict.fromkeys(self.unknown + other.unknown)),
+            tuple(dict.fromkeys(self.bounded + other.bounded)),
         )
 
     def times(self, repeats: int) -> "Flops":
@@ -62,11 +65,8 @@ class Flops:
             {name: work * repeats for name, work in self.by_primitive.items()},
             self.elementwise * repeats,
             self.unknown,
+            self.bounded,
         )
-
-    def marked(self, *notes: str) -> "Flops":
-        """Gives the same work with more said to be unknown."""
-        return self + Flops(unknown=notes)
 
 
 def count(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Flops:
@@ -168,12 +168,14 @@ def _while(equation: Equation, where: str) -> Flops:
 def _cond(equation: Equation, where: str) -> Flops:
     """The dearest branch, because which is taken is known only at run time."""
     branches = [_walk(branch, where) for branch in equation.params["branches"]]
-    dearest = max(branches, key=lambda work: (work.total, work.elementwise))
-    least = min(work.total for work in branches)
-    notes = [note for work in branches for note in work.unknown]
-    if least != dearest.total:
-        notes.insert(0, f"cond{_in(where)}: {least} to {dearest.total} FLOPs, the most is counted")
-    return dearest.marked(*notes)
+    work = max(branches, key=lambda branch: (branch.total, branch.elementwise))
+    least = min(branch.total for branch in branches)
+    if least != work.total:
+        note = f"cond{_in(where)}: {least} to {work.total} FLOPs, the most is counted"
+        work += Flops(bounded=(note,))
+    for branch in branches:
+        work += Flops(unknown=branch.unknown, bounded=branch.bounded)
+    return work
 
 
 def _shard_map(equation: Equation, where: str) -> Flops:
@@ -211,7 +213,8 @@ def _unfamiliar(equation: Equation, where: str) -> Flops:
                 work += _walk(inner, where)
     if not work.total:
         return work
-    return work.marked(f"{equation.primitive.name}{_in(where)}: unfamiliar, counted once")
+    note = f"{equation.primitive.name}{_in(where)}: unfamiliar, counted once"
+    return work + Flops(unknown=(note,))
 
 
 _CONTAINERS: dict[str, Callable[[Equation, str], Flops]] = {

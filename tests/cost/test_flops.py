@@ -219,10 +219,11 @@ def test_an_elementwise_loop_leaves_the_total_known():
     assert work.elementwise > 0
 
 
-def test_branches_that_differ_are_noted():
-    work = count(choose, X)
-    assert work.total == 2 * DOT
-    assert work.unknown == (f"cond: {DOT} to {2 * DOT} FLOPs, the most is counted",)
+def test_branches_that_differ_give_a_bound_and_nothing_unknown():
+    work = count(lambda x: lax.scan(lambda c, _: (choose(c), None), x, length=3)[0], X)
+    assert work.total == 3 * 2 * DOT
+    assert work.bounded == (f"cond: {DOT} to {2 * DOT} FLOPs, the most is counted",)
+    assert work.unknown == ()
 
 
 def test_a_kernel_without_an_estimate_is_unknown():
@@ -278,9 +279,9 @@ def test_arguments_may_be_abstract_trees_and_anything_else():
 
 def test_flops_add_and_multiply():
     a = Flops(3, {"dot_general": 2, "fft": 1}, 4, ("x",))
-    b = Flops(1, {"fft": 1}, 0, ("x", "y"))
-    assert a + b == Flops(4, {"dot_general": 2, "fft": 2}, 4, ("x", "y"))
-    assert a.times(2) == Flops(6, {"dot_general": 4, "fft": 2}, 8, ("x",))
+    b = Flops(1, {"fft": 1}, 0, ("x", "y"), ("z",))
+    assert a + b == Flops(4, {"dot_general": 2, "fft": 2}, 4, ("x", "y"), ("z",))
+    assert (a + b).times(2) == Flops(8, {"dot_general": 4, "fft": 4}, 8, ("x", "y"), ("z",))
     assert a.times(0) == Flops()
 
 
