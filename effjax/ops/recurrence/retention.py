@@ -2,9 +2,10 @@
 
     S_t = gamma^(p_t - p_{t-1}) S_{t-1} + k_t v_t^T        y_t = q_t S_t
 
-in every head, with p the positions and gamma = exp(log_decay); a document starts from S = 0. `retention` is the form to
-use (chunks, all matrix products), `parallel_retention` and `recurrent_retention` are the naive
-ones that it is tested against. `parallel_retention` is meant for reading: O(T^2) memory.
+in every head, with p the positions and gamma = exp(log_decay); a document starts from S = 0.
+`retention` is the form to use (chunks, all matrix products), `parallel_retention` and
+`recurrent_retention` are the naive ones that it is tested against. `parallel_retention` is meant
+for reading: O(T^2) memory.
 
 This is the bare recurrence. What the paper puts around it lives in the mixer module: the rotation
 (xPos, here RoPE) of q and k by position, the key's scale H^-0.5, the norm of each head's output,

@@ -43,7 +43,7 @@ _NEVER = -1e4
 
 
 class Modes(NamedTuple):
-    """The system in discrete time, in real pairs: log A = `log_decay`, 2 C B = `weight`; the skip."""
+    """The system in discrete time, as real pairs: `log_decay` = log A and `weight` = 2 C B."""
 
     log_decay: tuple[Float[Array, "D P"], Float[Array, "D P"]]
     weight: tuple[Float[Array, "D P"], Float[Array, "D P"]]
@@ -51,15 +51,15 @@ class Modes(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """What a chunk of C tokens does to a channel; modes are 2P real numbers, real parts first.
+    """What a chunk of C tokens does to a channel. A memory is Q = 2P numbers, real parts first.
 
     `toeplitz[s, t]` carries input s to output t, `write` input s to the memory after the chunk,
     `read` the memory before the chunk to output t, `decay` = A^C memory to memory.
     """
 
     toeplitz: Float[Array, "D C C"]
-    write: Float[Array, "D 2P C"]
-    read: Float[Array, "D 2P C"]
+    write: Float[Array, "D Q C"]
+    read: Float[Array, "D Q C"]
     decay: tuple[Float[Array, "D P"], Float[Array, "D P"]]
 
 
@@ -124,7 +124,7 @@ def diagonal_state_space(
     rows = rows_after(state, positions, segments)
     h = None if state is None else (state["h_real"].astype(dtype), state["h_imag"].astype(dtype))
     if T == 1:
-        y, h = _run_tokens(u.astype(dtype), h, modes, timeline(rows))
+        y, h = _run_one(u.astype(dtype), h, modes, timeline(rows))
     elif aligned:
         y, h = _run_aligned(u.astype(dtype), h, modes, rows, min(chunk, T))
     else:
@@ -231,8 +231,8 @@ def _run_chunks(
 
 
 def _carry(
-    decay: Pair, h: Float[Array, "D B 2P"], step: tuple[Array, Array]
-) -> tuple[Float[Array, "D B 2P"], Float[Array, "D B 2P"]]:
+    decay: Pair, h: Float[Array, "D B Q"], step: tuple[Array, Array]
+) -> tuple[Float[Array, "D B Q"], Float[Array, "D B Q"]]:
     """The memory after a chunk, and the memory that the chunk itself reads."""
     written, fresh = step
     h = jnp.where(fresh[None, :, None], 0, h)
@@ -259,7 +259,7 @@ def _tables(modes: Modes, chunk: int) -> Tables:
 def _leave(
     u: Float[Array, "B M D"],
     h: Pair,
-    before: Float[Array, "c D B 2P"],
+    before: Float[Array, "c D B Q"],
     modes: Modes,
     tables: Tables,
     last: Int[Array, " B"],
@@ -273,9 +273,7 @@ def _leave(
     tail = jnp.where((index >= 0)[..., None], jax.vmap(lambda x, i: x[i])(u, slot), 0)
     written = _unpacked(jnp.einsum("bcd,dpc->bdp", tail, tables.write))
     faded = _faded(_unpacked(entered), modes, offset + 1, last >= 0)
-    some = (last >= 0)[:, None, None]
-    real, imag = (jnp.where(some, f + w, x) for f, w, x in zip(faded, written, h, strict=True))
-    return real, imag
+    return _chosen(last >= 0, (faded[0] + written[0], faded[1] + written[1]), h)
 
 
 def _run_tokens(
@@ -283,62 +281,83 @@ def _run_tokens(
 ) -> tuple[Float[Array, "B T D"], Pair | None]:
     """Any rows, token by token; the backward pass keeps about 2 sqrt(T) memories."""
     B, T, D = u.shape
-    u = jnp.where(time.live[..., None], u, 0)
-    nothing = jnp.zeros((B, *modes.log_decay[0].shape), u.dtype)
     piece = max(1, int(T**0.5))
 
     def pieces(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, -T % piece), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(x, 1, 0).reshape(-1, piece, *x.shape[:1], *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0).reshape(-1, piece, B, *x.shape[2:])
 
     @jax.checkpoint
     def run_piece(h: Pair, tokens: tuple[Array, ...]) -> tuple[Pair, Array]:
         return jax.lax.scan(jax.checkpoint(partial(_token, modes)), h, tokens)
 
+    u = jnp.where(time.live[..., None], u, 0)
     tokens = tuple(pieces(x) for x in (u, time.elapsed, time.begins))
-    end, y = jax.lax.scan(run_piece, h or (nothing, nothing), tokens)
+    end, y = jax.lax.scan(run_piece, h or _nothing(u, modes), tokens)
     y = jnp.moveaxis(y.reshape(-1, B, D)[:T], 0, 1)
     return jnp.where(time.live[..., None], y, 0), None if h is None else end
 
 
 def _token(modes: Modes, h: Pair, token: tuple[Array, ...]) -> tuple[Pair, Float[Array, "B D"]]:
-    """One step of the recurrence for a batch of rows; at padding elapsed is 0, and so is u."""
+    """One step of the recurrence for a batch of rows; at padding, elapsed and u are 0."""
     u, elapsed, begins = token
-    real, imag = _faded(h, modes, elapsed, ~begins)
+    return _written(_faded(h, modes, elapsed, ~begins), modes, u)
+
+
+def _run_one(
+    u: Float[Array, "B 1 D"], h: Pair | None, modes: Modes, time: Timeline
+) -> tuple[Float[Array, "B 1 D"], Pair | None]:
+    """One token of each row, as in decoding, where the rows may share one table of sines."""
+    step, same = time.elapsed[:, 0], ~time.begins[:, 0]
+
+    def by_one(h: Pair) -> Pair:
+        once = _turned(h, modes.log_decay)
+        return _chosen(step == 1, once, _chosen(same, h, (jnp.zeros_like(h[0]),) * 2))
+
+    start = h or _nothing(u, modes)
+    faded = jax.lax.cond(jnp.all(step <= 1), by_one, lambda h: _faded(h, modes, step, same), start)
+    h_new, y = _written(faded, modes, jnp.where(time.live, u[:, 0], 0))
+    y = jnp.where(time.live[..., None], y[:, None], 0)
+    return y, None if h is None else h_new
+
+
+def _written(h: Pair, modes: Modes, u: Float[Array, "B D"]) -> tuple[Pair, Float[Array, "B D"]]:
+    """Adds an input to the memory and reads the output: h + u and 2 Re(C B h) + skip u."""
+    (real, imag), (w, v) = h, (x[None] for x in modes.weight)
     real = real + u[..., None]
-    w, v = (x[None] for x in modes.weight)
     return (real, imag), jnp.sum(w * real - v * imag, axis=-1) + modes.skip[None] * u
 
 
 def _faded(h: Pair, modes: Modes, gap: Int[Array, " B"], same: Bool[Array, " B"]) -> Pair:
     """A^gap h in rows where `same`, else 0."""
-    (log_size, angle), (real, imag) = modes.log_decay, h
-    gap = jnp.where(same, jnp.maximum(gap, 0), 0)
-
-    def turn(power: Float[Array, "b 1 1"]) -> Pair:
-        size = jnp.exp(log_size[None] * power)
-        return size * jnp.cos(angle[None] * power), size * jnp.sin(angle[None] * power)
-
-    def by_one() -> Pair:
-        moved = (gap == 1)[:, None, None]
-        a, b = turn(jnp.ones((1, 1, 1), angle.dtype))
-        return jnp.where(moved, a, 1), jnp.where(moved, b, 0)
-
-    # Decoding moves by one position, where the batch's rows share one table of sines.
-    a, b = jax.lax.cond(
-        jnp.all(gap <= 1), by_one, lambda: turn(gap[:, None, None].astype(angle.dtype))
-    )
-    keep = same[:, None, None]
-    return (
-        jnp.where(keep, a * real - b * imag, 0),
-        jnp.where(keep, a * imag + b * real, 0),
-    )
+    power = jnp.where(same, jnp.maximum(gap, 0), 0)[:, None, None]
+    log_size, angle = (x[None] * power.astype(x.dtype) for x in modes.log_decay)
+    return _chosen(same, _turned(h, (log_size, angle)), (jnp.zeros_like(h[0]),) * 2)
 
 
-def _packed(h: Pair) -> Float[Array, "B D 2P"]:
+def _turned(h: Pair, exponent: Pair) -> Pair:
+    """exp(exponent) h, of complex numbers."""
+    size = jnp.exp(exponent[0])
+    a, b = size * jnp.cos(exponent[1]), size * jnp.sin(exponent[1])
+    a, b = (jnp.broadcast_to(x, h[0].shape) for x in (a, b))
+    return a * h[0] - b * h[1], a * h[1] + b * h[0]
+
+
+def _chosen(rows: Bool[Array, " B"], yes: Pair, no: Pair) -> Pair:
+    """`yes` in these rows, else `no`."""
+    rows = rows[:, None, None]
+    return jnp.where(rows, yes[0], no[0]), jnp.where(rows, yes[1], no[1])
+
+
+def _nothing(u: Float[Array, "B T D"], modes: Modes) -> Pair:
+    h = jnp.zeros((u.shape[0], *modes.log_decay[0].shape), u.dtype)
+    return h, h
+
+
+def _packed(h: Pair) -> Float[Array, "B D Q"]:
     return jnp.concatenate(h, axis=-1)
 
 
-def _unpacked(h: Float[Array, "B D 2P"]) -> Pair:
+def _unpacked(h: Float[Array, "B D Q"]) -> Pair:
     real, imag = jnp.split(h, 2, axis=-1)
     return real, imag
