@@ -106,9 +106,7 @@ def read_cache(
     Source: as `naive_attention`; Vaswani et al. 2017, section 3.2.1,
     https://arxiv.org/abs/1706.03762
     """
-    k, v = (
-        x.reshape(q.shape[0], -1, *x.shape[1:]).swapaxes(1, 2) for x in (cache.k, cache.v)
-    )
+    k, v = (x.reshape(q.shape[0], -1, *x.shape[1:]).swapaxes(1, 2) for x in (cache.k, cache.v))
     return attention(
         q,
         k,

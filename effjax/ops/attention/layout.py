@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
-
-from effjax.ops.attention.plan import Pairs
 
 
 def wide(x: Array) -> jnp.dtype:
@@ -55,10 +54,11 @@ def set_row(x: Array, y: Array, i: Any) -> Array:
     return lax.dynamic_update_index_in_dim(x, y, i, 0)
 
 
-def over(pairs: Pairs, step: Callable, state: Any) -> Any:
-    """Carries state through `step(state, (i, j))` for each pair in turn."""
-    if not pairs:
+def over(pairs: np.ndarray, step: Callable, state: Any) -> Any:
+    """Carries state through `step(state, (i, j))` for each of the pairs [P 2] in turn."""
+    if len(pairs) == 0:
         return state
     if len(pairs) == 1:
-        return step(state, pairs[0])
-    return lax.scan(lambda state, pair: (step(state, pair), None), state, jnp.asarray(pairs))[0]
+        return step(state, pairs[0].tolist())
+    turns = jnp.asarray(pairs, jnp.int32)
+    return lax.scan(lambda state, pair: (step(state, pair), None), state, turns)[0]

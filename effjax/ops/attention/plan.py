@@ -10,8 +10,6 @@ import numpy as np
 
 from effjax.ops.attention.patterns import Pattern, block_edges
 
-Pairs = tuple[tuple[int, int], ...]
-
 DIRECT_QUERIES = 16  # up to so many, scores over all keys take no more room than a block's
 
 
@@ -93,8 +91,8 @@ def compacts(plan: Plan) -> bool:
 
 
 @cache
-def pairs(plan: Plan) -> tuple[Pairs, Pairs]:
-    """The (query block, key block) pairs of the plan's heads: those without and with a mask.
+def pairs(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs [P 2] of a query and a key block of the plan's heads: without and with a mask.
 
     A lone pair without a mask joins the others: XLA unrolls a loop of one, and then folds the
     transposed operands, copied before the loop for the sake of fast products, back into them.
@@ -106,7 +104,7 @@ def pairs(plan: Plan) -> tuple[Pairs, Pairs]:
         whole[:, -1] &= plan.S % plan.k_size == 0  # else the last keys are padding
     if whole.sum() < 2:
         whole = np.zeros_like(blocks)
-    return _listed(whole), _listed(blocks & ~whole)
+    return np.argwhere(whole), np.argwhere(blocks & ~whole)
 
 
 def _reachable(plan: Plan) -> np.ndarray:
@@ -115,7 +113,3 @@ def _reachable(plan: Plan) -> np.ndarray:
     if plan.pattern.causal and (plan.aligned or plan.ordered):
         return k_first <= q_last
     return np.ones((plan.q_count, plan.k_count), bool)
-
-
-def _listed(blocks: np.ndarray) -> Pairs:
-    return tuple((int(i), int(j)) for i, j in np.argwhere(blocks))

@@ -94,9 +94,9 @@ class Heads(Pattern):
         return np.concatenate([Window(width).blocks(T, S, size, offset) for width in widest])
 
 
-@pytest.mark.parametrize(("groups", "K"), [(2, 6), (3, 1), (2, 3)])
+@pytest.mark.parametrize(("groups", "K"), [(3, 1), (2, 3)])
 def test_groups_of_heads_have_their_own_maps(groups, K):
-    """Groups that share key heads, that divide them, and that cut across them."""
+    """Groups that share a key head, and groups that cut across the key heads."""
     inputs = arrays(N=6, K=K)[:3]
     ours = partial(attention, **own_row(Heads(groups), ordered=True), block=8)
     naive = partial(naive_attention, **own_row(Heads(groups)))

@@ -1,0 +1,68 @@
+"""The closed forms of attention's FLOPs, against the jaxpr counter and against sums by hand."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from effjax.cost import flops
+from effjax.ops.attention.accounting import engine_flops, exact_flops, live_blocks
+from effjax.ops.attention.engine import attention
+from effjax.ops.attention.patterns import Causal, Full, Window
+
+B, N, K, H = 2, 4, 2, 8
+PROMISES = [{"aligned": True}, {"ordered": True}, {}]
+
+
+def counted(pattern, T, block, **promise):
+    """FLOPs of a forward pass, and what the gradients take beside it."""
+    q, k = (jax.ShapeDtypeStruct((B, T, heads, H), jnp.float32) for heads in (N, K))
+    at = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    form = partial(attention, pattern=pattern, block=block, **promise)
+
+    def run(q, k, v, at):
+        return form(q, k, v, q_positions=at, k_positions=at)
+
+    def loss(*inputs):
+        return run(*inputs).sum()
+
+    forward = flops.count(run, q, k, k, at)
+    both = flops.count(jax.grad(loss, (0, 1, 2)), q, k, k, at)
+    assert not forward.unknown + both.unknown
+    return forward.total, both.total - forward.total
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=["aligned", "ordered", "cache"])
+@pytest.mark.parametrize("pattern", [Causal(), Window(20), Full()], ids=str)
+def test_the_closed_form_is_what_the_program_computes(pattern, promise):
+    for T, block in ((1, 16), (37, 16), (300, None)):
+        found = engine_flops(pattern, B, T, T, N, H, block, **promise)
+        assert found == counted(pattern, T, block, **promise)
+
+
+def test_the_comparison_catches_another_block():
+    assert engine_flops(Causal(), B, 64, 64, N, H, 32, ordered=True) != counted(
+        Causal(), 64, 16, ordered=True
+    )
+
+
+def test_live_blocks_follow_the_promises():
+    assert live_blocks(Window(16), 64, 64, 16, aligned=True) == 7
+    assert live_blocks(Window(16), 64, 64, 16, ordered=True) == 7
+    assert live_blocks(Window(16), 64, 64, 16) == 16
+    assert live_blocks(Causal(), 64, 64, 16, ordered=True) == 10
+
+
+def test_exact_work_is_the_number_of_allowed_pairs():
+    T, W = 700, 30
+    for pattern, pairs in (
+        (Causal(), T * (T + 1) // 2),
+        (Window(W), T * W - W * (W - 1) // 2),
+        (Full(), T * T),
+    ):
+        forward, backward = exact_flops(pattern, B, T, T, N, H)
+        assert forward == 4 * B * N * H * pairs
+        assert backward == 2 * forward
+    assert exact_flops(Causal(), B, 1, T, N, H).forward == 4 * B * N * H * T
+    assert exact_flops(Window(W), B, 1, T, N, H).forward == 4 * B * N * H * W
