@@ -42,9 +42,10 @@ def attention(
         y_t  = sum_s a_ts v_s
 
     t may read s when the pattern allows their positions, neither is padding (position -1) and their
-    segments are equal. A row that may read nothing gives zero, with zero gradient; what stands at
-    padding, NaN included, is not read. `scale` is H^-0.5 unless given. N / K query heads share a
-    key head. Sums are float32 at least; y has q's dtype.
+    segments are equal. A row that may read nothing gives zero, with zero gradient. What stands at
+    padding, NaN included, is not read, but for one exception: a single query over a cache, without
+    a gradient, wants finite numbers there. `scale` is H^-0.5 unless given. N / K query heads share
+    a key head. Sums are float32 at least; y has q's dtype.
 
     The cost follows the pattern's map of blocks as far as the caller promises where tokens stand:
     `aligned`: position = index in every row, one segment, no padding. Positions and segments are
