@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effjax.ops.recurrence.bookkeeping import Rows, timeline
+from effjax.ops.recurrence.layout import lay_out
 from effjax.ops.recurrence.retention import (
     parallel_retention,
     recurrent_retention,
@@ -206,6 +208,13 @@ def test_the_chunked_form_is_the_parallel_one(name, chunk, wrap):
     run = program(name, wrap=wrap, chunk=chunk) if wrap else program(name, chunk=chunk)
     for at, where in ROWS.items():
         forms_agree(call(run, values(name), where), exact(name, "parallel", at))
+
+
+@pytest.mark.parametrize("at", ROWS)
+def test_these_rows_take_both_of_a_state_spaces_ways(at):
+    rows = Rows(*(jnp.asarray(x) for x in ROWS[at]), (jnp.array([3, -1]), jnp.array([5, -1])))
+    fits = jax.jit(lambda rows: lay_out(timeline(rows), rows.before[0], CHUNK).fits)(rows)
+    assert fits == (at != "gaps")
 
 
 @members

@@ -36,7 +36,7 @@ from effjax.ops.recurrence.bookkeeping import (
 State = dict[str, Array]
 
 # exp of this is exactly 0 in every dtype, and 0 * this is 0, where 0 * -inf is NaN.
-_NEVER = -1e4
+_NEVER = -1e8
 
 
 def retention_state(batch: int, heads: int, key_dim: int, value_dim: int) -> State:
