@@ -6,7 +6,7 @@
     XLA_FLAGS=--xla_force_host_platform_device_count=8 \\
         python -m experiments.pretrain --mesh.data 2 --mesh.fsdp 4
 
-Writes `runs/pretrain/{config.json, metrics.jsonl}`, `checkpoints/` (everything a run needs to go on,
+Writes `runs/pretrain/{config.json, metrics.jsonl}`, `checkpoints/` (all that a run needs to go on,
 bit for bit) and `model/` (what `experiments.generate` reads). Ctrl-C saves and exits 75.
 Cost: about 1 minute for 300 steps of the default on 2 cores. Expectation: under 3 bits per byte.
 """

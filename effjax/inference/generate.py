@@ -89,11 +89,11 @@ def pad_prompts(prompts: Sequence[Sequence[int]], *, vocab: int) -> tuple[np.nda
                     f"wanted 0 to {vocab - 1}"
                 )
     lengths = np.array([len(prompt) for prompt in prompts])
-    index = np.arange(lengths.max())[None]
-    live = index < lengths[:, None]
+    column = np.arange(lengths.max())[None]
+    live = column < lengths[:, None]
     tokens = np.zeros(live.shape, np.int32)
     tokens[live] = np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts])
-    return tokens, np.where(live, index, -1).astype(np.int32)
+    return tokens, np.where(live, column, -1).astype(np.int32)
 
 
 @partial(jax.jit, static_argnames=("apply", "new_tokens", "sampling", "piece"))

@@ -53,7 +53,7 @@ class Stack(nnx.Module):
         pairs = zip((tuple(p.split("/")) for p in paths(one)), axes, strict=True)
         keys = jax.random.split(rngs(), config.layers // len(config.pattern))
         self.runs = nnx.Param(
-            {"000": jax.vmap(init)(keys)},
+            {"000": jax.lax.map(init, keys)},  # one layer's draws are in memory at a time
             axes=RunsAxes((path, ax.stacked("layers")) for path, ax in pairs),
         )
 
@@ -104,5 +104,5 @@ def _rematerialized(layer: Any, remat: Remat | None) -> Any:
     if remat is None:
         return layer
     policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-    # The scan is a loop already: the barrier against common-subexpression elimination is not needed.
+    # Inside a scan nothing can be shared across layers, so no barrier against it is needed.
     return jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)

@@ -100,9 +100,13 @@ def fit(
     trainable, total = map(count_parameters, (run.state.trainable, run.state.params))
     if adapt is not None:
         print(trainable_line(trainable, total))
-    peak = peaks().matmul_float32
-    tokens = setting.tokens_per_step
-    progress = Progress(name, plan.steps, tokens, flops_per_step=hardware.total, peak=peak)
+    progress = Progress(
+        name,
+        plan.steps,
+        setting.tokens_per_step,
+        flops_per_step=hardware.total,
+        peak=peaks().matmul_float32,
+    )
     seconds: list[float] = []
 
     def observe(number: int, _: Any, metrics: dict[str, float], took: float) -> None:
@@ -112,16 +116,8 @@ def fit(
 
     with EnergyMeter() as meter, progress:
         state = train(run.state, compiled.step, loader, run.mesh, until=plan.steps, observe=observe)
-    training = Training(
-        plan,
-        hardware,
-        trainable,
-        compiled.seconds,
-        tuple(seconds),
-        compiled.memory,
-        meter.energy,
-    )
-    return state.params, training
+    took = (compiled.seconds, tuple(seconds), compiled.memory, meter.energy)
+    return state.params, Training(plan, hardware, trainable, *took)
 
 
 class Laboratory:
@@ -150,38 +146,29 @@ class Laboratory:
     ) -> Record:
         """The record of a model: of a training, or of what was made of `base` without any."""
         apply = decoder(model).apply
-        scored = measure.score(apply, params, text.held_out, rows=SCORED_ROWS, batch=batch)
-        quality = record.Quality(
-            "bits_per_byte",
-            scored.value,
-            scored.low,
-            scored.high,
-            (self.seed if seed is None else seed,),
-        )
+        seed = self.seed if seed is None else seed
+        groups = _trained(training, length, batch) if training else _untrained(base)
+        per_token = measure.decode_flops(apply, params, length).total
+        groups["flops"] = replace(groups["flops"], per_token=float(per_token))
+        rate = self._speed(apply, params)
+        groups["time"] = replace(groups["time"], tokens_per_s_generate=rate, rounds=ROUNDS)
         state = state_bytes(apply, params)
-        made = Record(
+        trainable = training.trainable if training is not None else 0
+        return Record(
             run=self.run,
             method=name,
             config_digest=self.digest,
             corpus=text.summary,
-            seed=self.seed if seed is None else seed,
+            seed=seed,
             device=measure.this_device(),
             versions=measure.versions(),
-            quality=quality,
+            quality=_quality(apply, params, text, batch, seed),
             recipe=tuple(recipe),
-            params=record.Parameters(
-                count_parameters(params), training.trainable if training is not None else 0
-            ),
+            params=record.Parameters(count_parameters(params), trainable),
             bytes=measure.storage(params),
             state_bytes=record.StateBytes(state.fixed, float(state.per_token)),
-            reasons={"*": "not measured yet"},
+            **groups,
         )
-        per_token = measure.decode_flops(apply, params, length)
-        rate = self._speed(apply, params)
-        groups = _trained(training, length, batch) if training else _untrained(base)
-        groups["flops"] = replace(groups["flops"], per_token=float(per_token.total))
-        groups["time"] = replace(groups["time"], tokens_per_s_generate=rate, rounds=ROUNDS)
-        return replace(made, **groups)
 
     def refer_to(self, model: DecoderConfig, params: Tree, measured: Record) -> None:
         """Takes a model that an earlier run has measured as the reference of speed."""
@@ -213,6 +200,11 @@ class Laboratory:
             return self.reference[1]
         ratio, _ = measure.relative_speed(thunk, self.reference[0], rounds=ROUNDS)
         return self.reference[1] * ratio.median
+
+
+def _quality(apply: Callable, params: Tree, text: Text, batch: int, seed: int) -> record.Quality:
+    scored = measure.score(apply, params, text.held_out, rows=SCORED_ROWS, batch=batch)
+    return record.Quality("bits_per_byte", scored.value, scored.low, scored.high, (seed,))
 
 
 def _generation(apply: Callable, params: Tree) -> Callable:

@@ -90,6 +90,26 @@ def start(
     Raises ConfigError where the batch or a weight does not divide over the mesh.
     """
     grid = make_mesh(mesh or MeshConfig(), devices)
+    _require_divisible(train, grid)
+    root = jax.random.key(train.seed)
+    params, axes = _placed(model, params, jax.random.fold_in(root, 0), grid)
+    rule = optimizer(train.optimizer, steps, params, axes)
+    trainable, frozen = partition(params, axes, where)
+    placed = jax.tree.map(lambda v: v.sharding, trainable)
+    abstract = jax.eval_shape(rule.init, trainable)
+    moments = state_shardings(abstract, trainable, placed, grid)
+    opt_state = jax.jit(rule.init, out_shardings=moments)(trainable)
+    counter, key = jax.device_put((np.int32(0), jax.random.fold_in(root, 1)), replicated(grid))
+    state = TrainState(counter, trainable, frozen, opt_state, key)
+    remat = None if train.remat == "none" else train.remat
+    objective = language_model_objective(model, remat=remat)
+    step = train_step(objective, rule, microbatches=train.microbatches)
+    # The state comes back where it was; metrics are the compiler's to place.
+    kept = jax.tree.map(lambda v: v.sharding, state)
+    return Run(state, jax.jit(step, donate_argnums=0, out_shardings=(kept, None)), grid)
+
+
+def _require_divisible(train: TrainConfig, grid: Mesh) -> None:
     parts = grid.shape["data"] * grid.shape["fsdp"]
     batch_sharding(grid, size=train.batch)
     if train.batch // parts % train.microbatches:
@@ -97,33 +117,17 @@ def start(
             f"microbatches={train.microbatches} must divide the {train.batch // parts} rows that "
             f"each of {parts} parts of the mesh has of batch={train.batch}"
         )
+
+
+def _placed(model: DecoderConfig, params: Tree, key: jax.Array, grid: Mesh) -> tuple[Tree, Tree]:
+    """Parameters on the mesh, fresh or a copy of what was given, and their axes."""
     init, _, axes_of = decoder(model)
-    root = jax.random.key(train.seed)
-    if params is None:
-        abstract = jax.eval_shape(init, root)
-        placed = shardings(abstract, axes_of(abstract), grid)
-        params = jax.jit(init, out_shardings=placed)(jax.random.fold_in(root, 0))
-    else:
-        params = _copied(shard(params, axes_of(params), grid))
-    axes = axes_of(params)
-    rule = optimizer(train.optimizer, steps, params, axes)
-    trainable, frozen = partition(params, axes, where)
-    moments = state_shardings(
-        jax.eval_shape(rule.init, trainable),
-        trainable,
-        jax.tree.map(lambda v: v.sharding, trainable),
-        grid,
-    )
-    opt_state = jax.jit(rule.init, out_shardings=moments)(trainable)
-    counters = jax.device_put((np.int32(0), jax.random.fold_in(root, 1)), replicated(grid))
-    state = TrainState(counters[0], trainable, frozen, opt_state, counters[1])
-    objective = language_model_objective(
-        model, remat=None if train.remat == "none" else train.remat
-    )
-    step = train_step(objective, rule, microbatches=train.microbatches)
-    # The state comes back where it was; metrics are the compiler's to place.
-    kept = jax.tree.map(lambda v: v.sharding, state)
-    return Run(state, jax.jit(step, donate_argnums=0, out_shardings=(kept, None)), grid)
+    if params is not None:
+        axes = axes_of(params)
+        return _copied(shard(params, axes, grid)), axes
+    abstract = jax.eval_shape(init, key)
+    axes = axes_of(abstract)
+    return jax.jit(init, out_shardings=shardings(abstract, axes, grid))(key), axes
 
 
 def _copied(params: Tree) -> Tree:

@@ -117,7 +117,7 @@ def learned_parts(w: AnyWeight) -> Any:
 def count_parameters(params: Tree) -> int:
     """Parameters in a tree: entries of plain arrays and of leaves' `parameters` parts.
 
-    Quantising keeps the count, a 2:4 leaf has half, a mask none; a frozen half counts what is there.
+    Quantising keeps the count, a 2:4 leaf has half of it, a mask adds none.
     """
     return sum(map(_count, jax.tree.leaves(params, is_leaf=is_weight)))
 

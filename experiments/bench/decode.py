@@ -75,9 +75,8 @@ def main() -> None:
         seconds = pinned.rounds(thunks, options.rounds)
         pinned.show(seconds, list(thunks)[-1])
         limit = NEW * stored_bytes(params) / peaks().read
-        print(
-            f"  reading every weight once a token: {limit:.3f} s, {limit / min(seconds['effjax']):.2f}"
-        )
+        share = limit / min(seconds["effjax"])
+        print(f"  reading every weight once a token: {limit:.3f} s, a share of {share:.2f}")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def stepper(name: str, step, state, batch):
 
 
 def torch_stepper(config, rows: int, length: int):
-    """A torch.compile'd step of a GPT with the same sizes, norms and rotations; None without torch."""
+    """A torch.compile'd step of a GPT with the same sizes; None, with the reason, without torch."""
     try:
         from experiments.bench.torch_decoder import compiled_step
     except ImportError as error:
@@ -61,40 +61,43 @@ def torch_stepper(config, rows: int, length: int):
     return compiled_step(config, batch_of(rows, length))
 
 
+def bench(size: str, parts: list[int], rounds: int) -> None:
+    """Times one size; `parts` are rows of a micro-batch to try beside the whole batch."""
+    config, rows, length = SIZES[size]
+    print(f"size {size}: {config.width} wide, {config.layers} layers, {rows} x {length} tokens")
+    init, _, axes_of = decoder(config)
+    make, batch = jax.jit(init), batch_of(rows, length)
+    root = jax.random.key(0)
+    axes = axes_of(make(root))
+    rule = optimizer(OptimizerConfig(), 1000, make(root), axes)
+    objective = language_model_objective(config)
+    thunks = {}
+    for part in (rows, *parts):
+        step = train_step(objective, rule, microbatches=rows // part)
+        name = "effjax" if part == rows else f"effjax, parts of {part} rows"
+        thunks[name] = stepper(name, step, train_state(make(root), axes, rule, root), batch)
+    params = make(root)
+    plain = (params, rule.init(params), jax.numpy.zeros((), jax.numpy.int32))
+    thunks["by hand"] = stepper("by hand", hand_step(rule), plain, batch)
+    other = torch_stepper(config, rows, length)
+    if other is not None:
+        thunks["torch.compile"] = other
+    seconds = pinned.rounds(thunks, rounds)
+    pinned.show(seconds, list(thunks)[-1])
+    state = train_state(make(root), axes, rule, root)
+    work = flops.count(train_step(objective, rule), state, batch).total
+    share = work / min(seconds["effjax"]) / peaks().matmul_float32
+    print(f"  {work / 1e9:.1f} GFLOP a step as written: {share:.2f} of the measured peak")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=(*SIZES, "both"), default="both")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--microbatch", type=int, nargs="*", default=[], help="rows a part")
     options = parser.parse_args()
-    peak = peaks().matmul_float32
     for size in SIZES if options.size == "both" else (options.size,):
-        config, rows, length = SIZES[size]
-        print(f"size {size}: {config.width} wide, {config.layers} layers, {rows} x {length} tokens")
-        init, _, axes_of = decoder(config)
-        make = lambda: jax.jit(init)(jax.random.key(0))  # noqa: E731
-        axes = axes_of(make())
-        rule = optimizer(OptimizerConfig(), 1000, make(), axes)
-        objective = language_model_objective(config)
-        batch = batch_of(rows, length)
-        thunks = {}
-        for part in (rows, *options.microbatch):
-            step = train_step(objective, rule, microbatches=rows // part)
-            state = train_state(make(), axes, rule, jax.random.key(1))
-            name = "effjax" if part == rows else f"effjax, parts of {part} rows"
-            thunks[name] = stepper(name, step, state, batch)
-        params = make()
-        plain = (params, rule.init(params), jax.numpy.zeros((), jax.numpy.int32))
-        thunks["by hand"] = stepper("by hand", hand_step(rule), plain, batch)
-        other = torch_stepper(config, rows, length)
-        if other is not None:
-            thunks["torch.compile"] = other
-        seconds = pinned.rounds(thunks, options.rounds)
-        pinned.show(seconds, "torch.compile" if other is not None else "by hand")
-        state = jax.eval_shape(lambda: train_state(make(), axes, rule, jax.random.key(1)))
-        work = flops.count(train_step(objective, rule), state, batch).total
-        share = work / min(seconds["effjax"]) / peak
-        print(f"  {work / 1e9:.1f} GFLOP a step as written: {share:.2f} of the measured peak")
+        bench(size, options.microbatch, options.rounds)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Attention(nnx.Module):
     def init_state(
         self, batch: int, max_length: int, piece: int, dtype: Any, memory: Any = None
     ) -> Cache:
-        """An empty cache; its capacity is `max_length`, or what the window needs if that is less."""
+        """An empty cache of `max_length` slots, or of what the window needs if that is less."""
         heads, head_dim = self.k.weight.shape[-2:]
         capacity = max_length
         if isinstance(self.pattern, Window):
