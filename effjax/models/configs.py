@@ -86,7 +86,11 @@ class StateSpaceConfig:
         require_types(self)
         require_positive(self, "states", "chunk")
         require_finite(self, "dt_min", low=0.0, low_open=True)
-        require_finite(self, "dt_max", low=self.dt_min)
+        if self.dt_max < self.dt_min:
+            raise ConfigError(
+                f"StateSpaceConfig.dt_max must be at least dt_min={self.dt_min:g}, "
+                f"got {self.dt_max:g}"
+            )
 
 
 @dataclass(frozen=True)
@@ -156,12 +160,15 @@ class DecoderConfig:
         own = getattr(self, kind)
         if own.head_dim is None and self.width % own.heads:
             raise ConfigError(
-                f"DecoderConfig.width must be a multiple of {kind}.heads={own.heads} "
-                f"when {kind}.head_dim is not given, got {self.width}"
+                f"DecoderConfig.width must be a multiple of {kind}.heads={own.heads} when "
+                f"{kind}.head_dim is not given, got {self.width}, {self.width / own.heads:g} a head"
             )
         head_dim = own.head_dim or self.width // own.heads
         if head_dim % 2:
-            raise ConfigError(f"{kind}.head_dim must be even for the rotation, got {head_dim}")
+            raise ConfigError(
+                f"{kind}.head_dim must be even for the rotation, got {head_dim} "
+                f"(width={self.width}, heads={own.heads})"
+            )
 
     @property
     def residual_gain(self) -> float:

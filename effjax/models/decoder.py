@@ -52,6 +52,9 @@ class Decoder(nnx.Module):
         aligned = positions is None and segments is None
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        else:
+            # Any id may stand at padding, but one outside the vocabulary embeds as NaN.
+            tokens = jnp.where(positions >= 0, tokens, jnp.zeros_like(tokens))
         if segments is None:
             segments = jnp.zeros_like(tokens)
         context = Context(positions, segments, memory, fold(key, 0), aligned)

@@ -31,22 +31,26 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
 
     Call it once per model: each call makes new functions, and so a new jit cache.
     Raises TypeError for a module that holds variables other than `nnx.Param` (dropout counters,
-    batch statistics): state goes through arguments here.
+    batch statistics: state goes through arguments here) or a Param without `axes`. `apply` and
+    `axes_of` raise ValueError for params that lack a declared name or have another beside them.
     """
     graph, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     declared = list(nnx.to_flat_state(abstract))
-    _refuse_other_variables(declared)
+    _refuse_undeclared(declared)
+    names = _nest(declared)
 
     def init(key: jax.Array) -> Tree:
         flat = nnx.to_flat_state(nnx.state(build(nnx.Rngs(key))))
         return _nest([(path, variable.get_value()) for path, variable in flat])
 
     def apply(params: Tree, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+        _require_names(names, params)
         flat = [(path, variable.replace(_at(params, path))) for path, variable in declared]
         module = nnx.merge(graph, nnx.from_flat_state(flat))
         return getattr(module, method)(*args, **kwargs)
 
     def axes_of(params: Tree) -> Tree:
+        _require_names(names, params)
         flat = [(path, _axes(variable, _at(params, path))) for path, variable in declared]
         return _nest(flat)
 
@@ -70,14 +74,26 @@ def _axes(variable: Any, value: Tree) -> Any:
     return axes
 
 
-def _refuse_other_variables(declared: list[tuple[Path, Any]]) -> None:
-    others = {"/".join(map(str, p)): type(v).__name__ for p, v in declared if not _is_param(v)}
-    if others:
-        raise TypeError(f"functional() takes modules whose variables are nnx.Param, got {others}")
+def _refuse_undeclared(declared: list[tuple[Path, Any]]) -> None:
+    for path, variable in declared:
+        name, kind = "/".join(map(str, path)), type(variable).__name__
+        if not isinstance(variable, nnx.Param):
+            raise TypeError(f"functional() takes modules of nnx.Param only, got {kind} at {name!r}")
+        if "axes" not in variable.get_metadata():
+            raise TypeError(
+                f"{kind} {name!r} must declare its axes: nnx.Param(value, axes=Axes(...))"
+            )
 
 
-def _is_param(variable: Any) -> bool:
-    return isinstance(variable, nnx.Param)
+def _require_names(names: Tree, params: Tree, path: str = "params") -> None:
+    """Refuses a missing name, and one too many: what no module reads would be lost in silence."""
+    if not isinstance(names, dict):
+        return
+    got = sorted(params) if isinstance(params, dict) else type(params).__name__
+    if got != sorted(names):
+        raise ValueError(f"{path} must have the names {sorted(names)}, got {got}")
+    for name, inner in names.items():
+        _require_names(inner, params[name], f"{path}/{name}")
 
 
 def _nest(flat: Any) -> Tree:

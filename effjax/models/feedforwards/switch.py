@@ -30,7 +30,7 @@ class Switch(nnx.Module):
 
     aux["router"]: sums over the batch's live tokens, so that parts of a batch add up: `balance`
     (each row's balance loss times its live tokens: a row is a group in GShard's sense), `z`
-    (squared log-partitions), `dropped` and `live`.
+    (squared log-partitions), `dropped`, `live`, and `assigned` [E], how many prefer each expert.
     """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
@@ -44,9 +44,7 @@ class Switch(nnx.Module):
 
     def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, dict]:
         live = context.positions >= 0
-        logits = router_logits(
-            x, self.router.weight, live, noise=self.jitter, key=context.key
-        )
+        logits = router_logits(x, self.router.weight, live, noise=self.jitter, key=context.key)
         length, experts = x.shape[1], logits.shape[-1]
         training = context.key is not None
         slots = capacity(length, experts, self.factor) if training else length

@@ -1,0 +1,200 @@
+"""Sizes that cannot be built are refused with their numbers; presets are the sizes they say.
+
+The types of every field, files and the command line are under the config law in tests/test_config.
+"""
+
+import math
+from dataclasses import fields, replace
+from typing import get_args
+
+import jax
+import pytest
+
+from effjax.config import parse
+from effjax.errors import ConfigError
+from effjax.models.configs import (
+    AttentionConfig,
+    DecoderConfig,
+    Kind,
+    RetentionConfig,
+    StateSpaceConfig,
+    SwitchConfig,
+    WindowConfig,
+)
+from effjax.models.decoder import decoder
+from effjax.models.presets import PRESETS, tiny
+
+CONFIGS = (
+    AttentionConfig,
+    WindowConfig,
+    RetentionConfig,
+    StateSpaceConfig,
+    SwitchConfig,
+    DecoderConfig,
+)
+
+
+def numbers(config: type) -> list[str]:
+    """The fields that hold a number, or none."""
+    kinds = {float, int, int | None}
+    hints = {f.name: f.type for f in fields(config)}
+    return [name for name, kind in hints.items() if kind in kinds]
+
+
+BAD = [
+    (config, name, value)
+    for config in CONFIGS
+    for name in numbers(config)
+    for value in (math.nan, math.inf, -math.inf, -1, -0.5, True, "1")
+]
+
+
+@pytest.mark.parametrize(("config", "name", "value"), BAD)
+def test_a_number_out_of_range_is_refused_by_name(config, name, value):
+    with pytest.raises(ConfigError, match=name):
+        config(**{name: value})
+
+
+def test_every_number_of_every_config_is_tried():
+    assert {c: len(numbers(c)) for c in CONFIGS} == {
+        AttentionConfig: 4,
+        WindowConfig: 5,
+        RetentionConfig: 5,
+        StateSpaceConfig: 4,
+        SwitchConfig: 5,
+        DecoderConfig: 5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "edges"),
+    [
+        *((c, "heads", {0: False, 1: True}) for c in CONFIGS[:3]),
+        (AttentionConfig, "kv_heads", {0: False, 1: True, 2: True, 4: True, 8: False}),
+        (AttentionConfig, "head_dim", {0: False, 1: True}),
+        (AttentionConfig, "rope_base", {1.0: False, 1.5: True}),
+        (RetentionConfig, "rope_base", {1.0: False, 1.5: True}),
+        (RetentionConfig, "value_dim", {0: False, 1: True}),
+        (WindowConfig, "width", {0: False, 1: True, 10**9: True}),
+        (RetentionConfig, "chunk", {0: False, 1: True, 10**9: True}),
+        (StateSpaceConfig, "chunk", {0: False, 1: True}),
+        (StateSpaceConfig, "states", {0: False, 1: True}),
+        (StateSpaceConfig, "dt_min", {0.0: False, 0.1: True, 0.2: False}),
+        (SwitchConfig, "experts", {0: False, 1: True}),
+        (SwitchConfig, "capacity_factor", {0.0: False, 1e-3: True}),
+        (SwitchConfig, "balance_weight", {0.0: True}),
+        (SwitchConfig, "jitter", {0.0: True, 0.99: True, 1.0: False}),
+        (DecoderConfig, "dropout", {0.0: True, 0.99: True, 1.0: False}),
+        (DecoderConfig, "vocab", {0: False, 1: True}),
+        (DecoderConfig, "hidden", {0: False, 1: True}),
+    ],
+)
+def test_the_ends_of_each_range(config, name, edges):
+    for value, accepted in edges.items():
+        if accepted:
+            assert getattr(config(**{name: value}), name) == value
+        else:
+            with pytest.raises(ConfigError, match=name):
+                config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: DecoderConfig(width=130),
+            "DecoderConfig.width must be a multiple of attention.heads=4 when "
+            "attention.head_dim is not given, got 130, 32.5 a head",
+        ),
+        (
+            lambda: DecoderConfig(width=6, attention=AttentionConfig(heads=2)),
+            "attention.head_dim must be even for the rotation, got 3 (width=6, heads=2)",
+        ),
+        (
+            lambda: DecoderConfig(retention=RetentionConfig(head_dim=5), pattern=("retention",)),
+            "retention.head_dim must be even for the rotation, got 5 (width=128, heads=4)",
+        ),
+        (
+            lambda: DecoderConfig(window=WindowConfig(heads=3), pattern=("window",)),
+            "DecoderConfig.width must be a multiple of window.heads=3",
+        ),
+        (
+            lambda: AttentionConfig(heads=6, kv_heads=4),
+            "AttentionConfig.kv_heads must divide heads=6, got 4",
+        ),
+        (
+            lambda: WindowConfig(heads=2, kv_heads=4),
+            "WindowConfig.kv_heads must divide heads=2, got 4",
+        ),
+        (
+            lambda: DecoderConfig(layers=4, pattern=("retention", "retention", "attention")),
+            "DecoderConfig.layers must be a multiple of the pattern's 3 blocks, got 4",
+        ),
+        (
+            lambda: DecoderConfig(layers=1, pattern=("retention", "attention")),
+            "a multiple of the pattern's 2 blocks, got 1",
+        ),
+        (
+            lambda: DecoderConfig(pattern=()),
+            "DecoderConfig.pattern must name at least one mixer, got ()",
+        ),
+        (
+            lambda: DecoderConfig(pattern=("atention",)),  # type: ignore[arg-type]
+            "pattern[0] must be one of 'attention', 'window', 'retention', 'state_space', "
+            "got 'atention'; did you mean 'attention'?",
+        ),
+        (
+            lambda: StateSpaceConfig(dt_min=0.5),
+            "StateSpaceConfig.dt_max must be at least dt_min=0.5, got 0.1",
+        ),
+        (lambda: tiny("retension"), "no mixer 'retension'; there are "),
+        (lambda: tiny("swich"), "did you mean 'switch'?"),
+        (
+            lambda: parse(DecoderConfig, ["--width", "130"]),
+            "DecoderConfig.width must be a multiple of attention.heads=4",
+        ),
+    ],
+)
+def test_messages(build, message):
+    with pytest.raises(ConfigError) as refusal:
+        build()
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_sizes_of_a_mixer_that_is_not_built_do_not_matter():
+    assert DecoderConfig(width=6, layers=1, pattern=("state_space",)).width == 6
+
+
+def test_a_head_size_of_its_own_frees_the_width():
+    config = DecoderConfig(width=10, attention=AttentionConfig(heads=3, kv_heads=1, head_dim=4))
+    unit = shapes(config)["stack"]["runs"]["000"]["attention_00"]["mixer"]
+    assert unit["q"]["kernel"].shape == (4, 10, 3, 4)
+    assert unit["k"]["kernel"].shape == (4, 10, 1, 4)
+    assert unit["o"]["kernel"].shape == (4, 3, 4, 10)
+
+
+def test_a_product_of_configs_on_the_command_line():
+    words = "--pattern retention retention attention --layers 6 --window.width 128"
+    got = parse(DecoderConfig, words.split())
+    assert got.pattern == ("retention", "retention", "attention")
+    assert got == replace(
+        DecoderConfig(), pattern=got.pattern, layers=6, window=WindowConfig(width=128)
+    )
+
+
+def shapes(config: DecoderConfig):
+    return jax.eval_shape(decoder(config).init, jax.random.key(0))
+
+
+@pytest.mark.parametrize("kind", [*get_args(Kind), "switch"])
+@pytest.mark.parametrize(("name", "millions"), [("tiny", 0.8), ("small", 3.2), ("medium", 25)])
+def test_presets_have_the_sizes_that_they_say(kind, name, millions):
+    config = PRESETS[name](kind, vocab=300)
+    assert config.vocab == 300
+    assert kind in (*config.pattern, config.feedforward)
+    dense = replace(config, feedforward="dense", pattern=("attention",))
+    count = sum(math.prod(w.shape) for w in jax.tree.leaves(shapes(dense)))
+    assert abs(count / 1e6 - millions) < 0.05 * millions
+    experts = sum(math.prod(w.shape) for w in jax.tree.leaves(shapes(config)))
+    assert 0.5 * count < experts < (4 if kind == "switch" else 1.5) * count
