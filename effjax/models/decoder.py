@@ -23,10 +23,8 @@ class Decoder(nnx.Module):
         self.embed = Embed(config.vocab, config.width, rngs)
         self.stack = Stack(config, rngs)
         self.norm = Norm(config.width)
-        self.head = None
-        if not config.tied:
-            width, vocab = (("embed", config.width),), (("vocab", config.vocab),)
-            self.head = Dense("btd,dv->btv", width, vocab, rngs)
+        width, vocab = (("embed", config.width),), (("vocab", config.vocab),)
+        self.head = None if config.tied else Dense("btd,dv->btv", width, vocab, rngs)
 
     def __call__(
         self,
