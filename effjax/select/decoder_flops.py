@@ -1,84 +1,168 @@
-"""Model FLOPs of a decoder's config: the parts of `model_flops`, put together as the model is."""
+"""Model FLOPs of a decoder in closed form: what a method asks for, and what rows are made equal in.
+
+The convention, for every row of a comparison alike:
+
+- products count, a multiply-add as two; norms, rotations, activations, soft-max, decays, routing
+  decisions and the optimiser are 0;
+- a weight costs 2 a token and entry, forward; a lookup is 0, the output projection counts whether
+  or not it is tied to the embedding; a token meets one expert;
+- what mixes tokens is counted in the form that trains: attention over its pairs, retention and the
+  state space by chunks, whose products depend on the chunk as a window's do on its width;
+- masks are exact: a causal query at position t has t keys, a window's at most its width, a token
+  of a chunk those before it. A row is taken as one document: packing several into it lowers the
+  mean by what depends on the text;
+- the backward pass costs twice the forward one and nothing is computed twice, so training is three
+  times forward. A frozen weight passes the gradient on and has none of its own: two times.
+
+Generated token by token, a state space makes no product at all: see `effjax.cost.flops`, which
+counts element-wise work apart. What the program as written does (dead blocks, padding, capacity
+slots, recomputation) is in `hardware_flops`; it is never less, unless experts drop tokens.
+
+Source: Kaplan et al. 2020, "Scaling Laws for Neural Language Models", table 1 and section 2.1,
+https://arxiv.org/abs/2001.08361, which counts all T keys of a causal query; here masks are exact.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 
-from effjax.models.configs import DecoderConfig
+from effjax.models.configs import DecoderConfig, Kind
 from effjax.models.decoder import decoder
-from effjax.select import model_flops as part
-from effjax.weights import LowRank, Tree, is_weight
-
-
-def training_flops(config: DecoderConfig, length: int) -> float:
-    """Model FLOPs of training all of a decoder on one token, in rows of `length` tokens."""
-    return part.training(forward_flops(config, length))
-
-
-def adapter_training_flops(config: DecoderConfig, length: int, params: Tree) -> float:
-    """Model FLOPs of training the `LowRank` updates in `params` on one token, their bases frozen.
-
-    A frozen weight's gradient is never formed, so it costs 2 passes instead of 3; what mixes tokens
-    has no weights and costs 3; each update costs 3 passes of 2 R (inputs + outputs).
-    """
-    leaves = jax.tree.leaves(params, is_leaf=is_weight)
-    updates = sum(2.0 * (w.a.size + w.b.size) for w in leaves if isinstance(w, LowRank))
-    frozen = weight_flops(config)
-    return part.training(forward_flops(config, length) - frozen + updates, frozen)
-
-
-def weight_flops(config: DecoderConfig) -> float:
-    """Model FLOPs of one token forward through the weights alone: 2 for each that it meets."""
-    init, _, axes_of = decoder(config)
-    params = jax.eval_shape(init, jax.random.key(0))
-    met = 0.0
-    for w, ax in zip(jax.tree.leaves(params), jax.tree.leaves(axes_of(params)), strict=True):
-        if ax.is_matrix:
-            one_of = config.switch.experts if "experts" in ax.batch else 1
-            met += 2.0 * w.size / one_of
-    return met
+from effjax.ops.accounting import Flops
+from effjax.ops.attention.accounting import exact_flops
+from effjax.ops.attention.patterns import Causal, Pattern, Window
+from effjax.ops.recurrence.accounting import exact_retention_flops, exact_state_space_flops
+from effjax.transforms.adapt.lora import adapters
+from effjax.weights import (
+    AnyWeight,
+    Axes,
+    Factored,
+    LowRank,
+    Tree,
+    Where,
+    is_weight,
+    partition,
+)
 
 
 def forward_flops(config: DecoderConfig, length: int) -> float:
-    """Model FLOPs of one token forward, averaged over a row's positions (see `model_flops`)."""
-    mixers = {
-        "attention": _attention,
-        "window": _window,
-        "retention": _retention,
-        "state_space": _state_space,
-    }
-    repeats = config.layers // len(config.pattern)
-    unit = [mixers[kind](config, length) + _feedforward(config) for kind in config.pattern]
-    return part.decoder(unit * repeats, config.width, config.vocab)
+    """Model FLOPs of one token forward, averaged over the positions of a row of `length` tokens."""
+    mixing = sum(exact_mixing(config, kind, length).forward for kind in config.pattern)
+    return weight_flops(config) + mixing * repeats(config) / length
 
 
-def _attention(config: DecoderConfig, length: int, window: int | None = None) -> float:
-    own = config.attention if window is None else config.window
-    head_dim = own.head_dim or config.width // own.heads
-    columns = 2 * own.heads + 2 * (own.kv_heads or own.heads)
-    projections = part.dense(config.width, columns * head_dim)
-    return projections + part.attention(part.mean_keys(length, window), own.heads, head_dim)
+def training_flops(
+    config: DecoderConfig, length: int, params: Tree = None, where: Where = "**"
+) -> float:
+    """Model FLOPs of training a decoder on one token, in rows of `length` tokens.
+
+    params: with leaves among them, instead of a fresh decoder's. where: what is trained, as in
+    `weights.partition`.
+    """
+    parts = Parts.of(config, params, where)
+    products = sum((4 * w.entries + 2 * w.learned) / w.experts for w in parts.weights)
+    mixing = sum(sum(parts.passes(exact_mixing(config, k, length), k)) for k in config.pattern)
+    return products + mixing * repeats(config) / length
 
 
-def _window(config: DecoderConfig, length: int) -> float:
-    return _attention(config, length, config.window.width)
+def adapter_training_flops(config: DecoderConfig, length: int, params: Tree) -> float:
+    """Model FLOPs of training the `LowRank` updates in `params` on one token, all else frozen."""
+    return training_flops(config, length, params, adapters)
 
 
-def _retention(config: DecoderConfig, length: int) -> float:
-    own = config.retention
-    head_dim = own.head_dim or config.width // own.heads
-    value_dim = own.value_dim or head_dim
-    # q and k; then v, gate and output.
-    projections = part.dense(config.width, own.heads * (2 * head_dim + 3 * value_dim))
-    chunk = min(own.chunk, length)
-    return projections + part.retention(chunk, own.heads, head_dim, value_dim)
+def weight_flops(config: DecoderConfig, params: Tree = None) -> float:
+    """Model FLOPs of one token forward through the weights alone: 2 an entry that it meets."""
+    return sum(2 * w.entries / w.experts for w in Parts.of(config, params).weights)
 
 
-def _state_space(config: DecoderConfig, length: int) -> float:
-    # The projection after the states is a gated linear unit: two columns per channel.
-    mixing = part.dense(config.width, 2 * config.width)
-    return mixing + part.diagonal_state_space(config.width, config.state_space.states)
+def repeats(config: DecoderConfig) -> int:
+    """How often a decoder repeats its pattern."""
+    return config.layers // len(config.pattern)
 
 
-def _feedforward(config: DecoderConfig) -> float:
-    if config.feedforward == "switch":
-        return part.switch(config.width, config.hidden, config.switch.experts)
-    return part.feedforward(config.width, config.hidden)
+def exact_mixing(config: DecoderConfig, kind: Kind, length: int) -> Flops:
+    """Model FLOPs of what mixes the tokens of one row in one block."""
+    if kind == "state_space":
+        own = config.state_space
+        return exact_state_space_flops(1, length, config.width, own.states, own.chunk)
+    N, H = head_sizes(config, kind)
+    if kind == "retention":
+        Hv, chunk = config.retention.value_dim or H, config.retention.chunk
+        return exact_retention_flops(1, length, N, H, Hv, chunk)
+    return exact_flops(pattern_of(config, kind), 1, length, length, N, H)
+
+
+def pattern_of(config: DecoderConfig, kind: Kind) -> Pattern:
+    """Which keys an attention of this kind reads."""
+    return Window(config.window.width) if kind == "window" else Causal()
+
+
+def head_sizes(config: DecoderConfig, kind: Kind) -> tuple[int, int]:
+    """Query heads of a kind of mixer, and the size of each."""
+    own = getattr(config, kind)
+    return own.heads, own.head_dim or config.width // own.heads
+
+
+class Product(NamedTuple):
+    """A weight that activations are multiplied by, in all its layers and experts.
+
+    entries: multiply-adds of one row that meets all of it. learned: of them, those whose weight
+    has a gradient. inner: of them, those whose result the gradient of a second factor reads.
+    experts: a token meets one of so many parts.
+    """
+
+    axes: Axes
+    entries: int
+    learned: int
+    inner: int
+    experts: int
+
+
+class Parts(NamedTuple):
+    """What of a decoder does products, and whether what mixes tokens has a gradient of its own."""
+
+    weights: list[Product]
+    learns_modes: bool
+
+    @classmethod
+    def of(cls, config: DecoderConfig, params: Tree = None, where: Where = "**") -> "Parts":
+        """The products of a decoder's parameters, of which `where` is trained."""
+        init, _, axes_of = decoder(config)
+        params = jax.eval_shape(init, jax.random.key(0)) if params is None else params
+        axes = axes_of(params)
+        trainable, _ = partition(params, axes, where)
+        found = list(zip(_each(params), _each(trainable), _each(axes), strict=True))
+        weights = [
+            _product(config, w, part, ax)
+            for w, part, ax in found
+            if ax.is_matrix and (config.tied or not ax.lookup)
+        ]
+        modes = any(part is not None and ax.outputs[-1:] == ("state",) for _, part, ax in found)
+        return cls(weights, modes)
+
+    def passes(self, op: Flops, kind: Kind) -> Flops:
+        """An op's FLOPs; a state space of frozen modes passes on one cotangent instead of two."""
+        if kind == "state_space" and not self.learns_modes:
+            return Flops(op.forward, op.backward // 2)
+        return op
+
+
+def _each(tree: Any) -> Iterator[Any]:
+    """Weights of a tree in order, with `None` where there is none."""
+    yield from jax.tree.leaves(tree, is_leaf=lambda v: v is None or is_weight(v))
+
+
+def _product(config: DecoderConfig, w: AnyWeight, part: Any, axes: Axes) -> Product:
+    trained = bool(jax.tree.leaves(part))
+    factors = w.a.size + w.b.size if isinstance(w, Factored | LowRank) else _entries(w)
+    inner = w.a.size if trained and isinstance(w, Factored | LowRank) else 0
+    experts = config.switch.experts if "experts" in axes.batch else 1
+    return Product(axes, _entries(w), factors * trained, inner, experts)
+
+
+def _entries(w: AnyWeight) -> int:
+    """Multiply-adds of one row with a weight as its leaf contracts it."""
+    if isinstance(w, LowRank):
+        return _entries(w.base) + w.a.size + w.b.size
+    return w.a.size + w.b.size if isinstance(w, Factored) else w.size

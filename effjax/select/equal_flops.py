@@ -40,7 +40,7 @@ def steps(name: str, flops: float, flops_per_token: float, tokens_per_step: int)
 
         steps = floor(budget / (FLOPs per token * tokens per step))
 
-    `flops_per_token` is training's (`model_flops.training`). Never more than the budget is spent.
+    `flops_per_token` is training's, from `decoder_flops`. Never more than the budget is spent.
 
     Raises ConfigError with the numbers where the budget does not pay for one step, or where a
     number is not above 0.

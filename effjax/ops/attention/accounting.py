@@ -3,21 +3,13 @@
 Only products count, two FLOPs per multiply-add.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
+from effjax.ops.accounting import Flops
 from effjax.ops.attention.patterns import Pattern
 from effjax.ops.attention.plan import Plan, default_block, live
 
 ROWS = 512  # queries that are counted at a time
-
-
-class Flops(NamedTuple):
-    """FLOPs of a forward pass, and of the backward pass that follows it."""
-
-    forward: int
-    backward: int
 
 
 def live_blocks(
@@ -68,6 +60,20 @@ def exact_flops(pattern: Pattern, B: int, T: int, S: int, N: int, H: int) -> Flo
     depart twice: the mask is counted exactly instead of as a half, and the backward pass without
     the recomputed product, which is the program's and not the attention's.
     """
+    pairs = _relative_pairs(pattern, T, S, N) if pattern.relative else _pairs(pattern, T, S, N)
+    return Flops(4 * B * H * pairs, 8 * B * H * pairs)
+
+
+def cache_bytes(B: int, S: int, K: int, H: int, itemsize: int = 4) -> int:
+    """Bytes of a cache of S slots: keys and values, position and segment, and a count a row.
+
+    Source: our own count of `cache.py`.
+    """
+    return B * (S * (2 * K * H * itemsize + 8) + 4)
+
+
+def _pairs(pattern: Pattern, T: int, S: int, N: int) -> int:
+    """Allowed (query, key, head), one by one."""
     pairs = 0
     heads, k_pos = np.arange(N)[:, None, None], np.arange(S)[None, None, :]
     for first in range(0, T, ROWS):
@@ -75,4 +81,14 @@ def exact_flops(pattern: Pattern, B: int, T: int, S: int, N: int, H: int) -> Flo
         allowed = np.asarray(pattern.allowed(q_pos, k_pos, heads))
         shape = allowed.shape[0], q_pos.size, S  # one head stands for all where none is read
         pairs += int(np.broadcast_to(allowed, shape).sum()) * (N // shape[0])
-    return Flops(4 * B * H * pairs, 8 * B * H * pairs)
+    return pairs
+
+
+def _relative_pairs(pattern: Pattern, T: int, S: int, N: int) -> int:
+    """The same by distance: so many pairs lie on each diagonal of the score matrix."""
+    gap = np.arange(1 - S, T)[None, :] + max(S - T, 0)
+    heads = np.arange(N)[:, None]
+    allowed = np.asarray(pattern.allowed(np.maximum(gap, 0), np.maximum(-gap, 0), heads))
+    row = np.arange(1 - S, T)[None, :]
+    diagonal = np.minimum(T, row + S) - np.maximum(0, row)
+    return int((allowed * diagonal).sum()) * (N // allowed.shape[0])

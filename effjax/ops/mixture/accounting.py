@@ -4,7 +4,7 @@ A product of [n k] and [k m] is 2 n k m FLOPs; a training step runs each product
 two of the same size backward. Element-wise work (softmax, activation) is not counted.
 """
 
-from effjax.ops.mixture.switch import dropless_blocks
+from effjax.ops.mixture.switch import block_rows, dropless_blocks
 
 TRAINING = 3  # forward, the cotangent of the activations, the cotangent of the weights
 
@@ -38,6 +38,23 @@ def train_model_flops(tokens: int, width: int, hidden: int, experts: int, matric
     return TRAINING * tokens * token
 
 
+def slot_rows(batch: int, experts: int, capacity: int) -> int:
+    """Returns the rows that experts compute in training, full or empty: B E C.
+
+    Source: Fedus et al. 2021, section 2.2, https://arxiv.org/abs/2101.03961
+    """
+    return batch * experts * capacity
+
+
+def dropless_rows(tokens: int, experts: int, block: int | None = None) -> int:
+    """Returns the rows that experts compute where nothing is dropped: whole blocks, as many as fit.
+
+    Source: `effjax.ops.mixture.switch.dropless`
+    """
+    block = block_rows(tokens, experts) if block is None else block
+    return dropless_blocks(tokens, experts, block) * block
+
+
 def train_hardware_flops(
     batch: int,
     length: int,
@@ -53,9 +70,9 @@ def train_hardware_flops(
 
     Source: Fedus et al. 2021, section 2.2, https://arxiv.org/abs/2101.03961
     """
-    router = length * router_flops(width, experts)
-    slots = experts * capacity * expert_flops(width, hidden, matrices)
-    return TRAINING * batch * (router + slots)
+    router = batch * length * router_flops(width, experts)
+    slots = slot_rows(batch, experts, capacity) * expert_flops(width, hidden, matrices)
+    return TRAINING * (router + slots)
 
 
 def dropless_flops(
@@ -67,5 +84,5 @@ def dropless_flops(
 
     Source: `effjax.ops.mixture.switch.dropless`
     """
-    rows = dropless_blocks(tokens, experts, block) * block
+    rows = dropless_rows(tokens, experts, block)
     return tokens * router_flops(width, experts) + rows * expert_flops(width, hidden, matrices)

@@ -2,18 +2,13 @@
 
 Only products count, two FLOPs per multiply-add; exponentials, masks and the short scan over the
 chunks' memories are element-wise work. Everything is for a batch, without an incoming state.
+
+Both recurrences can be run token by token as well; they train by chunks, so by chunks they count.
+A chunk changes what a method costs, as a window does, and nothing else.
 """
 
-from typing import NamedTuple
-
+from effjax.ops.accounting import Flops
 from effjax.ops.recurrence.layout import spare_chunks
-
-
-class Flops(NamedTuple):
-    """FLOPs of a forward pass, and of the backward pass that follows it."""
-
-    forward: int
-    backward: int
 
 
 def retention_flops(B: int, T: int, N: int, H: int, Hv: int, chunk: int) -> Flops:
@@ -33,24 +28,11 @@ def retention_flops(B: int, T: int, N: int, H: int, Hv: int, chunk: int) -> Flop
 def exact_retention_flops(B: int, T: int, N: int, H: int, Hv: int, chunk: int) -> Flops:
     """FLOPs of chunked retention itself: its mask exact, so half of what is inside a chunk.
 
-    A token sees (chunk + 1) / 2 tokens of its chunk on average. `recurrent_retention_flops` is the
-    cost that does not depend on a chunk; a comparison that trains by chunks counts by chunks.
+    A token sees (chunk + 1) / 2 tokens of its chunk on average, and reads and writes the memory.
 
     Source: Sun et al. 2023, equation 7, https://arxiv.org/abs/2307.08621
     """
-    chunk = min(chunk, T)
-    whole, rest = divmod(T, chunk)
-    pairs = whole * chunk * (chunk + 1) // 2 + rest * (rest + 1) // 2
-    forward = 2 * B * N * (pairs * (H + Hv) + 2 * T * H * Hv)
-    return Flops(forward, 2 * forward)
-
-
-def recurrent_retention_flops(B: int, T: int, N: int, H: int, Hv: int) -> Flops:
-    """FLOPs of S += k v^T and q S for every token: generation, and the least for training.
-
-    Source: Sun et al. 2023, equation 6, https://arxiv.org/abs/2307.08621
-    """
-    forward = 4 * B * T * N * H * Hv
+    forward = 2 * B * N * (_pairs(T, chunk) * (H + Hv) + 2 * T * H * Hv)
     return Flops(forward, 2 * forward)
 
 
@@ -80,16 +62,17 @@ def state_space_flops(
     return Flops(forward, 2 * forward)
 
 
-def exact_state_space_flops(B: int, T: int, D: int, P: int) -> Flops:
-    """FLOPs of the recurrence itself, D (11 P + 1) a token, in training as in generation.
+def exact_state_space_flops(B: int, T: int, D: int, P: int, chunk: int) -> Flops:
+    """FLOPs of the chunked state space itself: D (chunk + 1 + 8 P) a token where chunks are whole.
 
-    A complex product and a real sum (7 P) move a channel's memory; two products and their sum (4 P)
-    and the skip (1) read it. Here additions count, because there are no matrix products: it is
-    the number of multiplications and additions that the definition asks for.
+    The convolution inside the chunk is causal, so half of its matrix counts; writing and reading a
+    memory of 2 P numbers takes 2 P multiply-adds each. Token by token it would be D (11 P + 1)
+    element-wise operations, without a product, which is how text is generated.
 
-    Source: Gu et al. 2022, section 2, https://arxiv.org/abs/2206.11893
+    Source: Gu et al. 2022, section 2, https://arxiv.org/abs/2206.11893; chunks as in Dao and Gu
+    2024, section 6, https://arxiv.org/abs/2405.21060
     """
-    forward = B * T * D * (11 * P + 1)
+    forward = 2 * B * D * (_pairs(T, chunk) + 4 * T * P)
     return Flops(forward, 2 * forward)
 
 
@@ -99,3 +82,9 @@ def state_space_state_bytes(B: int, D: int, P: int) -> int:
     Source: our own count of `state_space_state`.
     """
     return B * (8 * D * P + 8)
+
+
+def _pairs(T: int, chunk: int) -> int:
+    """Pairs of a token and one of its own chunk that is not later, over a row."""
+    whole, rest = divmod(T, chunk)
+    return whole * chunk * (chunk + 1) // 2 + rest * (rest + 1) // 2

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import pytest
 
 from effjax.cost import flops
-from effjax.ops.attention.accounting import engine_flops, exact_flops, live_blocks
+from effjax.cost.memory import stored_bytes
+from effjax.ops.attention.accounting import (
+    _pairs,
+    _relative_pairs,
+    cache_bytes,
+    engine_flops,
+    exact_flops,
+    live_blocks,
+)
+from effjax.ops.attention.cache import empty_cache
 from effjax.ops.attention.engine import attention
 from effjax.ops.attention.patterns import Causal, Full, Window
 
@@ -66,3 +75,15 @@ def test_exact_work_is_the_number_of_allowed_pairs():
         assert backward == 2 * forward
     assert exact_flops(Causal(), B, 1, T, N, H).forward == 4 * B * N * H * T
     assert exact_flops(Window(W), B, 1, T, N, H).forward == 4 * B * N * H * W
+
+
+@pytest.mark.parametrize("pattern", [Causal(), Window(7), Window(100), Full()], ids=str)
+def test_pairs_by_distance_are_the_pairs_one_by_one(pattern):
+    for T, S in ((1, 1), (5, 5), (40, 40), (3, 20), (1, 9), (9, 4)):
+        assert _relative_pairs(pattern, T, S, N) == _pairs(pattern, T, S, N)
+
+
+def test_a_cache_is_as_large_as_counted():
+    for dtype in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
+        cache = empty_cache(B, K, 10, H, 3, dtype)
+        assert stored_bytes(cache) == cache_bytes(B, 10, K, H, dtype.itemsize)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from effjax.cost.flops import count
@@ -9,7 +10,6 @@ from effjax.cost.memory import stored_bytes
 from effjax.ops.recurrence import accounting
 from effjax.ops.recurrence.retention import retention, retention_state
 from effjax.ops.recurrence.state_space import diagonal_state_space, state_space_state
-from effjax.select import model_flops
 
 B, N, H, HV, D, P = 2, 3, 8, 4, 6, 4
 SIZES = [(40, 8), (19, 8), (5, 64)]  # length, chunk
@@ -74,16 +74,20 @@ def test_the_count_catches_a_wrong_chunk():
         within(state_space_counted(40, 8, True), accounting.state_space_flops(B, 40, D, P, 8))
 
 
-def test_what_the_method_asks_for_is_what_rows_are_made_equal_in():
-    T, chunk = 48, 16
+@pytest.mark.parametrize(("T", "chunk"), SIZES)
+def test_what_the_method_asks_for_leaves_out_masked_pairs_and_filling(T, chunk):
+    q, k = np.mgrid[:T, :T]
+    pairs = ((k <= q) & (q // chunk == k // chunk)).sum()
     exact = accounting.exact_retention_flops(B, T, N, H, HV, chunk)
-    assert exact.forward == B * T * model_flops.retention(chunk, N, H, HV)
-    assert exact.forward < accounting.retention_flops(B, T, N, H, HV, chunk).forward
-    step = accounting.recurrent_retention_flops(B, T, N, H, HV)
-    assert step.forward == B * T * model_flops.retention_step(N, H, HV)
-    modes = accounting.exact_state_space_flops(B, T, D, P)
-    assert modes.forward == B * T * model_flops.diagonal_state_space(D, P)
-    assert modes.backward == 2 * modes.forward
+    assert exact.forward == 2 * B * N * (pairs * (H + HV) + 2 * T * H * HV)
+    modes = accounting.exact_state_space_flops(B, T, D, P, chunk)
+    assert modes.forward == 2 * B * D * (pairs + 4 * T * P)
+    for of_method, written in (
+        (exact, accounting.retention_flops(B, T, N, H, HV, chunk)),
+        (modes, accounting.state_space_flops(B, T, D, P, chunk, aligned=True)),
+    ):
+        assert of_method.backward == 2 * of_method.forward
+        assert of_method.forward < written.forward
 
 
 def test_the_last_chunk_is_counted_by_its_own_tokens():
