@@ -20,8 +20,8 @@ DECLARED = re.compile(r"_flops_(\d+)$")
 # Primitives that run one inner jaxpr once, and the parameters that may hold it. The others they
 # hold are derivative rules, which appear inlined in the jaxpr of a derivative.
 _CALL_NAMES = """checkpoint closed_call composite core_call core_closed_call custom_jvp_call
-custom_jvp_call_jaxpr custom_vjp_call custom_vjp_call_jaxpr custom_vmap_call jit named_call pjit
-remat remat2 remat_call xla_call"""
+custom_jvp_call_jaxpr custom_vjp_call custom_vjp_call_jaxpr custom_vmap_call eval_jaxpr jit
+named_call pjit remat remat2 remat_call xla_call"""
 CALLS = frozenset(_CALL_NAMES.split())
 _CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 

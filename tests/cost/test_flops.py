@@ -50,6 +50,10 @@ custom.defvjp(
 )
 
 
+def twice(x, y):
+    return lax.scan(lambda carry, _: (custom(carry, y), None), x, length=2)[0]
+
+
 @jax.custom_jvp
 def custom_tangent(x):
     return x @ x
@@ -145,6 +149,8 @@ CASES = {
     "custom_vjp": (custom, (X, X), DOT),
     "custom_vjp_grad": (both(custom), (X, X), 5 * DOT),
     "custom_vjp_vmap": (jax.vmap(jax.jit(custom)), (W, W), 3 * DOT),
+    # Twice: a product, then again with what the rule saves, then the rule's three.
+    "custom_vjp_remat": (both(jax.checkpoint(twice)), (X, X), 2 * 6 * DOT),
     "custom_jvp": (custom_tangent, (X,), DOT),
     "custom_jvp_grad": (jax.grad(squared(custom_tangent)), (X,), 2 * DOT),
     "declared": (jax.jit(named_loop), (X,), 777),
