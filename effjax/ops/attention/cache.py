@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from effjax.ops.attention.engine import attention
@@ -35,7 +36,7 @@ class Cache:
 
 
 def empty_cache(
-    batch: int, heads: int, capacity: int, head_dim: int, piece: int, dtype: jnp.dtype
+    batch: int, heads: int, capacity: int, head_dim: int, piece: int, dtype: DTypeLike
 ) -> Cache:
     """A cache that holds nothing.
 
