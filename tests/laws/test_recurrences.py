@@ -202,7 +202,14 @@ def forms_agree(got: tuple, want: tuple) -> None:
 
 
 @members
-@pytest.mark.parametrize(("chunk", "wrap"), [(CHUNK, None), (16, None), (64, jax.checkpoint)])
+@pytest.mark.parametrize(
+    ("chunk", "wrap"),
+    [
+        (CHUNK, None),
+        (64, jax.checkpoint),
+        *(pytest.param(chunk, None, marks=pytest.mark.deep) for chunk in (1, 4, 16)),
+    ],
+)
 def test_the_chunked_form_is_the_parallel_one(name, chunk, wrap):
     """And is so under remat, for which one chunk size pays the compiling."""
     run = program(name, wrap=wrap, chunk=chunk) if wrap else program(name, chunk=chunk)
@@ -258,16 +265,13 @@ def test_pieces_are_the_whole(name, at):
 @members
 def test_no_state_is_the_empty_state_and_gives_none(name):
     tokens, parameters, _ = values(name)
-    form, (positions, segments) = MEMBERS[name].forms["recurrent"], PACKED
-    run = jax.jit(lambda tokens, **rest: form(**tokens, **rest))
-    at = {"positions": positions, "segments": segments}
-    y, nothing = run(tokens, **parameters, **at, state=None)
-    want, _ = run(tokens, **parameters, **at, state=MEMBERS[name].empty(B))
-    assert nothing is None
-    np.testing.assert_array_equal(y, want)
-    got, nothing = forward(name)(tokens, parameters, **at, state=None)
-    assert nothing is None
-    near(got, want, 2e-5)
+    at = {"positions": PACKED[0], "segments": PACKED[1]}
+    recurrent = MEMBERS[name].forms["recurrent"]
+    want, _ = forward(name)(tokens, parameters, **at, state=MEMBERS[name].empty(B))
+    for form in (forward(name), jax.jit(lambda x, p, **rest: recurrent(**x, **p, **rest))):
+        y, nothing = form(tokens, parameters, **at, state=None)
+        assert nothing is None
+        near(y, want, 2e-5)
 
 
 # L1, L2, L3: the future changes nothing; the past, all of it, changes something.

@@ -16,6 +16,7 @@ Source: Gu et al., "On the Parameterization and Initialization of Diagonal State
 positions, and reset by segment, where the paper has one unpadded document.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ from effjax.ops.recurrence.layout import lay_out, move
 
 State = dict[str, Array]
 Pair = tuple[Array, Array]  # the real and the imaginary part
+Fade = Callable[[Pair, "Modes", Array, Array], Pair]  # (h, modes, gap, same) -> A^gap h, or 0
 
 # exp of this is exactly 0 in every dtype, and 0 * this is 0, where 0 * -inf is NaN.
 _NEVER = -1e8
@@ -194,12 +196,13 @@ def _run_packed(
         last = jnp.max(layout.slot, axis=1)
         return _run_chunks(u, h, modes, layout.fresh, last, chunk)
 
-    def by_token(u: Array, h: Pair | None, modes: Modes) -> tuple[Array, Pair | None]:
-        return _run_tokens(u, h, modes, time)
-
+    # Without a checkpoint, the forward pass by chunk would fill room for what these keep.
+    by_step, by_gap = (
+        jax.checkpoint(partial(_run_tokens, fade=fade, time=time)) for fade in (_stepped, _faded)
+    )
+    way = jnp.where(layout.fits, 0, jnp.where(jnp.all(time.elapsed <= 1), 1, 2))
     moved = move(u, layout.source, layout.slot)
-    # Without the checkpoint, the forward pass by chunk would fill room for what by_token keeps.
-    y, h = jax.lax.cond(layout.fits, by_chunk, jax.checkpoint(by_token), moved, h, modes)
+    y, h = jax.lax.switch(way, [by_chunk, by_step, by_gap], moved, h, modes)
     return move(y, layout.slot, layout.source), h
 
 
@@ -278,9 +281,9 @@ def _leave(
 
 
 def _run_tokens(
-    u: Float[Array, "B T D"], h: Pair | None, modes: Modes, time: Timeline
+    u: Float[Array, "B T D"], h: Pair | None, modes: Modes, time: Timeline, fade: Fade
 ) -> tuple[Float[Array, "B T D"], Pair | None]:
-    """Any rows, token by token; the backward pass keeps about 2 sqrt(T) memories."""
+    """Any rows, token by token; the backward pass keeps the memories of sqrt(T) pieces."""
     B, T, D = u.shape
     piece = max(1, int(T**0.5))
 
@@ -290,7 +293,7 @@ def _run_tokens(
 
     @jax.checkpoint
     def run_piece(h: Pair, tokens: tuple[Array, ...]) -> tuple[Pair, Array]:
-        return jax.lax.scan(jax.checkpoint(partial(_token, modes)), h, tokens)
+        return jax.lax.scan(partial(_token, modes, fade), h, tokens)
 
     u = jnp.where(time.live[..., None], u, 0)
     tokens = tuple(pieces(x) for x in (u, time.elapsed, time.begins))
@@ -299,27 +302,23 @@ def _run_tokens(
     return jnp.where(time.live[..., None], y, 0), None if h is None else end
 
 
-def _token(modes: Modes, h: Pair, token: tuple[Array, ...]) -> tuple[Pair, Float[Array, "B D"]]:
+def _token(
+    modes: Modes, fade: Fade, h: Pair, token: tuple[Array, ...]
+) -> tuple[Pair, Float[Array, "B D"]]:
     """One step of the recurrence for a batch of rows; at padding, elapsed and u are 0."""
     u, elapsed, begins = token
-    return _written(_faded(h, modes, elapsed, ~begins), modes, u)
+    return _written(fade(h, modes, elapsed, ~begins), modes, u)
 
 
 def _run_one(
     u: Float[Array, "B 1 D"], h: Pair | None, modes: Modes, time: Timeline
 ) -> tuple[Float[Array, "B 1 D"], Pair | None]:
-    """One token of each row, as in decoding, where the rows may share one table of sines."""
-    step, same = time.elapsed[:, 0], ~time.begins[:, 0]
-
-    def by_one(h: Pair) -> Pair:
-        once = _turned(h, modes.log_decay)
-        return _chosen(step == 1, once, _chosen(same, h, (jnp.zeros_like(h[0]),) * 2))
-
-    start = h or _nothing(u, modes)
-    faded = jax.lax.cond(jnp.all(step <= 1), by_one, lambda h: _faded(h, modes, step, same), start)
-    h_new, y = _written(faded, modes, jnp.where(time.live, u[:, 0], 0))
+    """One token of each row, as in decoding."""
+    step, same, start = time.elapsed[:, 0], ~time.begins[:, 0], h or _nothing(u, modes)
+    faded = jax.lax.cond(jnp.all(step <= 1), _stepped, _faded, start, modes, step, same)
+    after, y = _written(faded, modes, jnp.where(time.live, u[:, 0], 0))
     y = jnp.where(time.live[..., None], y[:, None], 0)
-    return y, None if h is None else h_new
+    return y, None if h is None else after
 
 
 def _written(h: Pair, modes: Modes, u: Float[Array, "B D"]) -> tuple[Pair, Float[Array, "B D"]]:
@@ -334,6 +333,12 @@ def _faded(h: Pair, modes: Modes, gap: Int[Array, " B"], same: Bool[Array, " B"]
     power = jnp.where(same, jnp.maximum(gap, 0), 0)[:, None, None]
     log_size, angle = (x[None] * power.astype(x.dtype) for x in modes.log_decay)
     return _chosen(same, _turned(h, (log_size, angle)), (jnp.zeros_like(h[0]),) * 2)
+
+
+def _stepped(h: Pair, modes: Modes, gap: Int[Array, " B"], same: Bool[Array, " B"]) -> Pair:
+    """`_faded` for gaps of 0 and 1 only: all rows, and all steps of a scan, share A."""
+    once = _turned(h, modes.log_decay)
+    return _chosen(gap == 1, once, _chosen(same, h, (jnp.zeros_like(h[0]),) * 2))
 
 
 def _turned(h: Pair, exponent: Pair) -> Pair:
