@@ -101,6 +101,7 @@ def test_top_p_keeps_the_fewest_that_reach_it():
     assert kept(LOGITS, top_p=0.9) == [0, 2, 3, 4, 5, 7]
     assert kept(LOGITS, top_p=1.0) == list(range(V))
     assert kept(np.zeros(V), top_p=0.3) == [0, 1, 2]
+    assert kept(np.zeros(V), top_p=0.25) == [0, 1]  # exactly reached
 
 
 def test_top_p_acts_on_what_top_k_left():
