@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+# A logarithm of no memory at all: its exp is exactly 0 in every dtype, and 0 * it is 0, not NaN.
+NEVER = -1e8
+
 Place = tuple[Int[Array, " B"], Int[Array, " B"]]
 
 

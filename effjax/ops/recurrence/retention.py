@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from effjax.errors import ConfigError
 from effjax.ops.recurrence.bookkeeping import (
+    NEVER,
     Timeline,
     empty_place,
     place_after,
@@ -34,9 +35,6 @@ from effjax.ops.recurrence.bookkeeping import (
 )
 
 State = dict[str, Array]
-
-# exp of this is exactly 0 in every dtype, and 0 * this is 0, where 0 * -inf is NaN.
-_NEVER = -1e8
 
 
 def retention_state(batch: int, heads: int, key_dim: int, value_dim: int) -> State:
@@ -66,8 +64,9 @@ def retention(
 
     with S_c, p_c the memory and last position before the chunk. Every exponent that is taken is
     at most 0, and what a token must not see is set to zero before it is multiplied: the future and
-    other documents change nothing, to the last bit. Products are taken in float32 (float64 for
-    float64 inputs); y has v's dtype. FLOPs grow as T (chunk + 2 Hv), memory as T (chunk + Hv).
+    other documents change nothing, to the last bit. Operands are float32 (float64 for float64
+    inputs), products follow `jax_default_matmul_precision`, y has v's dtype. FLOPs grow as
+    T (chunk + 2 Hv), memory as T (chunk + Hv).
 
     Args:
         log_decay: log gamma of each head, at most 0; any trained or constant array.
@@ -89,7 +88,7 @@ def retention(
     dtype = jnp.promote_types(v.dtype, jnp.float32)
     rows = rows_after(state, positions, segments)
     time = timeline(rows)
-    rate = jnp.maximum(log_decay.astype(dtype), _NEVER)
+    rate = jnp.maximum(log_decay.astype(dtype), NEVER)
     q, k, v_ = (_split(_silent(x.astype(dtype), time), chunk) for x in (q, k, v))
     S = jnp.zeros((B, N, q.shape[-1], Hv), dtype) if state is None else state["S"].astype(dtype)
     inside, read, write, keep = _decays(rate, time, rows.before[0], chunk)

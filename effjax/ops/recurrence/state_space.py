@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from effjax.errors import ConfigError
 from effjax.ops.recurrence.bookkeeping import (
+    NEVER,
     Rows,
     Timeline,
     empty_place,
@@ -39,9 +40,6 @@ from effjax.ops.recurrence.layout import lay_out, move
 State = dict[str, Array]
 Pair = tuple[Array, Array]  # the real and the imaginary part
 Fade = Callable[[Pair, "Modes", Array, Array], Pair]  # (h, modes, gap, same) -> A^gap h, or 0
-
-# exp of this is exactly 0 in every dtype, and 0 * this is 0, where 0 * -inf is NaN.
-_NEVER = -1e8
 
 
 class Modes(NamedTuple):
@@ -96,8 +94,9 @@ def diagonal_state_space(
     after it is A^chunk h + (A^(chunk-1-j)) u. A Toeplitz matrix cannot jump over a boundary, so
     rows that are not `aligned` are first laid out anew (`layout.py`). Rows that need more than
     `spare_chunks` for it (many short documents, wide gaps in the positions) are run token by
-    token. Everything is computed in float32 (float64 for float64 inputs); y has u's dtype. FLOPs
-    grow as T D (chunk + 4 P), memory as T D (1 + P / chunk).
+    token, at the price of a scan. Operands are float32 (float64 for float64 inputs), products
+    follow `jax_default_matmul_precision`, y has u's dtype. FLOPs grow as T D (chunk + 4 P), memory
+    as T D (1 + P / chunk).
 
     Args:
         log_dt: log of each channel's time step.
@@ -115,7 +114,7 @@ def diagonal_state_space(
     Raises:
         ConfigError: chunk is less than 1.
 
-    Source: Gu et al. 2022, sections 2 and 3.3, https://arxiv.org/abs/2206.11893; chunks as in Dao
+    Source: Gu et al. 2022, sections 2 and 3, https://arxiv.org/abs/2206.11893; chunks as in Dao
     and Gu 2024, section 6, https://arxiv.org/abs/2405.21060
     """
     if chunk < 1:
@@ -155,7 +154,7 @@ def discretise(
     Source: Gu et al. 2022, section 2, https://arxiv.org/abs/2206.11893
     """
     dt = jnp.exp(log_dt)[:, None]
-    real = -jnp.exp(jnp.minimum(log_dt[:, None] + log_a_real, np.log(-_NEVER)))
+    real = -jnp.exp(jnp.minimum(log_dt[:, None] + log_a_real, np.log(-NEVER)))
     z = jax.lax.complex(real, dt * a_imag)
     small = jnp.abs(real) + jnp.abs(dt * a_imag) < 0.1
     # Each side sees only arguments that suit it: a gradient passes through both.
@@ -224,7 +223,7 @@ def _run_chunks(
     x = u.reshape(B * M, D).T.reshape(D, -1, chunk)
     written = jnp.einsum("dmc,dpc->dmp", x, tables.write)
     written = written.reshape(D, B, -1, written.shape[-1]).transpose(2, 0, 1, 3)
-    start = jnp.zeros_like(written[0]) if h is None else _packed(h).swapaxes(0, 1)
+    start = jnp.zeros_like(written[0]) if h is None else _joined(h).swapaxes(0, 1)
     _, before = jax.lax.scan(partial(_carry, tables.decay), start, (written, fresh.T))
     read = before.transpose(1, 2, 0, 3).reshape(D, -1, before.shape[-1])
     y = jnp.einsum("dms,dst->dmt", x, tables.toeplitz) + jnp.einsum(
@@ -275,8 +274,8 @@ def _leave(
     index = offset[:, None] + 1 - chunk + jnp.arange(chunk)[None]
     slot = jnp.where(index >= 0, here[:, None] * chunk + index, 0)
     tail = jnp.where((index >= 0)[..., None], jax.vmap(lambda x, i: x[i])(u, slot), 0)
-    written = _unpacked(jnp.einsum("bcd,dpc->bdp", tail, tables.write))
-    faded = _faded(_unpacked(entered), modes, offset + 1, last >= 0)
+    written = _parted(jnp.einsum("bcd,dpc->bdp", tail, tables.write))
+    faded = _faded(_parted(entered), modes, offset + 1, last >= 0)
     return _chosen(last >= 0, (faded[0] + written[0], faded[1] + written[1]), h)
 
 
@@ -360,10 +359,10 @@ def _nothing(u: Float[Array, "B T D"], modes: Modes) -> Pair:
     return h, h
 
 
-def _packed(h: Pair) -> Float[Array, "B D Q"]:
+def _joined(h: Pair) -> Float[Array, "B D Q"]:
     return jnp.concatenate(h, axis=-1)
 
 
-def _unpacked(h: Float[Array, "B D Q"]) -> Pair:
+def _parted(h: Float[Array, "B D Q"]) -> Pair:
     real, imag = jnp.split(h, 2, axis=-1)
     return real, imag

@@ -25,7 +25,7 @@ def vandermonde_kernel(
 ) -> Float[Array, "D length"]:
     """Computes the convolution kernel K_j = 2 Re(sum_p C_p B_p A_p^j) for j < length.
 
-    Source: Gu et al. 2022, section 3.3, https://arxiv.org/abs/2206.11893
+    Source: Gu et al. 2022, section 3, https://arxiv.org/abs/2206.11893
     """
     log_A, weight = _system(log_dt, log_a_real, a_imag, c_real, c_imag)
     return _response(log_A, weight, jnp.arange(length, dtype=jnp.int32))
@@ -60,7 +60,7 @@ def parallel_state_space(
 
     Every pair of tokens is visited. Arguments and results as in `diagonal_state_space`.
 
-    Source: Gu et al. 2022, section 3.3, https://arxiv.org/abs/2206.11893
+    Source: Gu et al. 2022, section 3, https://arxiv.org/abs/2206.11893
     """
     log_A, weight = _system(log_dt, log_a_real, a_imag, c_real, c_imag)
     T, live = u.shape[1], positions >= 0
