@@ -61,17 +61,18 @@ def test_its_address_is_the_projects(notebook):
 class Pip:
     """Stands for subprocess.run: keeps the command and what its constraints file says."""
 
-    def __init__(self):
-        self.command, self.constraints = [], []
+    def __init__(self, code):
+        self.code, self.command, self.constraints = code, [], []
 
-    def __call__(self, command, check):
+    def __call__(self, command, **_):
         self.command = command
         self.constraints = Path(command[command.index("-c") + 1]).read_text().splitlines()
+        return subprocess.CompletedProcess(command, self.code, "", "conflicting dependencies")
 
 
-def install(notebook, monkeypatch, folder, is_there):
+def install(notebook, monkeypatch, folder, is_there, code_of_pip=0):
     """Runs the install cell in a folder, with effjax installed or not."""
-    pip, version = Pip(), importlib.metadata.version
+    pip, version = Pip(code_of_pip), importlib.metadata.version
 
     def absent(name):
         if name == "effjax":
@@ -99,6 +100,11 @@ def test_installing_pins_every_part_of_jax(notebook, monkeypatch):
     assert f"jax=={jax.__version__}" in pip.constraints
     assert f"jaxlib=={importlib.metadata.version('jaxlib')}" in pip.constraints
     assert not any(line.startswith("jaxtyping") for line in pip.constraints)
+
+
+def test_a_refusal_of_pip_is_shown(notebook, monkeypatch):
+    with pytest.raises(RuntimeError, match="installed nothing: conflicting dependencies"):
+        install(notebook, monkeypatch, ROOT, is_there=False, code_of_pip=1)
 
 
 def test_without_a_checkout_and_an_address_it_says_so(notebook, monkeypatch, tmp_path):
