@@ -119,7 +119,6 @@ def test_metrics_say_what_the_loss_is_made_of():
     assert float(metrics["loss"]) == pytest.approx(float(metrics["nats"] + router), rel=1e-6)
     # Means over the live tokens, of which there are more than targets: 1 is an even load.
     assert 1 <= float(metrics["router_balance"]) < 2.2
-    assert float(metrics["router_z"]) == pytest.approx(np.log(4) ** 2, rel=0.3)
     assert 0.5 < float(metrics["nats"]) / np.log(256) < 2
     # The norm is that before the clip, and the clip works.
     assert float(metrics["gradient_norm"]) > 1
