@@ -4,20 +4,22 @@
     python -m experiments.bench.recurrence --workloads long     # L = 16384: takes 3 GB
     python -m experiments.bench.recurrence --chunks 16 32 64 128
 
-Cost: 1 minute on one core (`long`: 1). Each figure is process CPU seconds of a forward and backward
-pass on one pinned core, median (low-high) over interleaved rounds, with the speed relative to the
-first program round by round; `temp` is XLA's figure for temporaries. Run it with
+Cost: 3 minutes on one core that others share (`long`: 2). Each figure is process CPU seconds of a
+forward and backward pass on one pinned core, median (low-high) over interleaved rounds, with the
+speed relative to the first program round by round; `temp` is XLA's figure for temporaries. With
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_MMAP_THRESHOLD_=8589934592
     MALLOC_TRIM_THRESHOLD_=17179869184
 
-or every program with more than 32 MB of temporaries pays for fresh pages at each call.
+programs with more than 32 MB of temporaries do not pay for fresh pages at each call, as they would
+not inside a training step that is larger anyway: the fairer comparison, and the smaller ratios.
 
-Expectation (float32, one core of an AMD EPYC Zen 5 that other programs share; then seen): a state
-space in chunks of 32 is at least 4 times as fast as `lax.scan` (8.2 at L = 1024, 7.9 at 16384) with
-a tenth of its temporaries, and an associative scan slower than it (0.16, 0.13); retention in chunks
-of 64 4 times as fast (6.1); packed rows cost up to twice aligned ones (2.2, 1.7 where pages are not
-fresh), rows of many short documents ten times, unless `--chunks` is as short as they are.
+Expectation (float32, one core of an AMD EPYC Zen 5 that other programs share; seen with the
+variables / without): a state space in chunks of 32 is at least 4 times as fast as `lax.scan`
+(L = 1024: 4.7 / 8.2; L = 16384: 7.1 / 7.9) with a tenth of its temporaries at 16384, and an
+associative scan slower than a scan (0.16 / 0.16); retention in chunks of 64 is 3 times as fast as
+a scan (3.5 / 6.1), packed rows; three documents a row cost a state space 1.7 / 2.1 times aligned
+rows, and twenty, which are run by token, 9 / 9 times.
 """
 
 import argparse
