@@ -80,7 +80,7 @@ class StateSpaceConfig:
     states: int = 16
     dt_min: float = 0.001
     dt_max: float = 0.1
-    chunk: int = 64
+    chunk: int = 32
 
     def __post_init__(self) -> None:
         require_types(self)
