@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from effjax.errors import ConfigError
 from effjax.models.block import Block
 from effjax.models.configs import DecoderConfig
 from effjax.models.context import Context, fold
@@ -104,5 +105,7 @@ def _rematerialized(layer: Any, remat: Remat | None) -> Any:
     if remat is None:
         return layer
     policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    if remat not in policies:
+        raise ConfigError(f"remat must be None, 'full' or 'dots', got {remat!r}")
     # Inside a scan nothing can be shared across layers, so no barrier against it is needed.
     return jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
