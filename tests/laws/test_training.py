@@ -77,7 +77,9 @@ def begun(name: str, mesh: str) -> Run:
 
 @cache
 def weights(name: str):
-    return jax.jit(decoder(MEMBERS[name]).init)(jax.random.key(7))
+    # An initialiser runs once: optimising it would take most of its time.
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(decoder(MEMBERS[name]).init, compiler_options=quick)(jax.random.key(7))
 
 
 def loader() -> ArrayLoader:

@@ -33,6 +33,8 @@ MODELS = {
 }
 # The trace of momentum after one step is the gradient as it was clipped.
 RULE = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1, momentum=0.9))
+# What runs once or twice need not be optimised: compiling is most of the time of these tests.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def texts(seed=0, rows=B):
@@ -60,13 +62,14 @@ def only(batch, rows):
 @cache
 def program(name, microbatches=1):
     objective = language_model_objective(MODELS[name])
-    return jax.jit(train_step(objective, RULE, microbatches=microbatches))
+    step = train_step(objective, RULE, microbatches=microbatches)
+    return jax.jit(step, compiler_options=QUICK)
 
 
 @cache
 def before(name):
     init, _, axes_of = decoder(MODELS[name])
-    params = jax.jit(init)(jax.random.key(7))
+    params = jax.jit(init, compiler_options=QUICK)(jax.random.key(7))
     return train_state(params, axes_of(params), RULE, jax.random.key(1))
 
 
@@ -150,7 +153,7 @@ def test_a_batch_of_padding_routes_nothing():
 def test_donating_the_state_changes_no_bit():
     wanted, batch = before("dense"), uneven()
     step = train_step(language_model_objective(DENSE), RULE)
-    donated = jax.jit(step, donate_argnums=0)
+    donated = jax.jit(step, donate_argnums=0, compiler_options=QUICK)
     given = jax.tree.map(jnp.copy, wanted)
     got, metrics = donated(*donated(given, batch)[:1], texts(1))
     assert all(v.is_deleted() for v in jax.tree.leaves((given.trainable, given.optimizer)))
@@ -168,7 +171,7 @@ def dropped(remat):
     def loss(params, batch, key):
         return objective(params, batch, Totals.of(batch), key)[0]
 
-    return jax.jit(jax.value_and_grad(loss))
+    return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
@@ -302,7 +305,8 @@ def toy_batch():
 
 @cache
 def toy_program(objective, microbatches):
-    return jax.jit(train_step(objective, ADAMW, microbatches=microbatches))
+    step = train_step(objective, ADAMW, microbatches=microbatches)
+    return jax.jit(step, compiler_options=QUICK)
 
 
 def toy_step(objective=toy_objective, *, microbatches=1, where="**", steps=1, step=None):
