@@ -25,6 +25,16 @@ class Context:
     key: jax.Array | None = None
     aligned: bool = field(default=False, metadata={"static": True})
 
+    def clear(self, x: jax.Array) -> jax.Array:
+        """x [B T D] with zeros at padding, so that nothing there, NaN included, has an effect.
+
+        A mask later on is not enough: a weight's gradient multiplies x with cotangents of zero.
+        """
+        if self.aligned:
+            return x
+        live = (self.positions >= 0)[..., None]
+        return jax.numpy.where(live, x, jax.numpy.zeros((), x.dtype))
+
     def for_layer(self, key: jax.Array | None) -> "Context":
         """The same context with a layer's own key."""
         return Context(self.positions, self.segments, self.memory, key, self.aligned)

@@ -160,6 +160,7 @@ def test_a_prefix_of_layers_gives_the_intermediate_hidden_state():
     first = keep_layers(whole, axes_of(DEEP, whole), layers=[0, 1, 2])
     logits, (shallow,) = read(first)
     close(shallow, hidden[:3], 1e-6)
+    assert np.abs(shallow[2] - hidden[3]).max() > 1e-3
     close(logits, head(whole, hidden[2]))
 
 

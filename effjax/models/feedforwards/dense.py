@@ -18,4 +18,4 @@ class DenseFeedForward(nnx.Module):
         self.down = Dense("btf,fd->btd", hidden, width, rngs, gain=config.residual_gain)
 
     def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, dict]:
-        return gelu_feedforward(x, self.up.weight, self.down.weight), {}
+        return gelu_feedforward(context.clear(x), self.up.weight, self.down.weight), {}

@@ -4,6 +4,9 @@ and decoding.
     mixer(x: [B T D], context, state=None) -> (y, state, aux)
     mixer.init_state(batch, max_length, piece, dtype, memory=None) -> state
 
+x may hold anything at padding (position -1), NaN included: nothing live depends on it, in values or
+in gradients (`context.clear`).
+
 A mixer declares `causality` ("exact": later inputs change nothing at all; "fft": up to rounding;
 "none") and whether it `decodes`. The laws iterate over `MIXERS`: entering a mixer here tests it.
 """

@@ -51,6 +51,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, context: Context, state: Cache | None = None
     ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
+        x = context.clear(x)
         positions, segments = context.positions, context.segments
         q = rope(self.q(x), positions, base=self.base)
         k, v = rope(self.k(x), positions, base=self.base), self.v(x)

@@ -54,6 +54,7 @@ class Retention(nnx.Module):
     def __call__(
         self, x: jax.Array, context: Context, state: Tree = None
     ) -> tuple[jax.Array, Tree, dict[str, jax.Array]]:
+        x = context.clear(x)
         q = rope(self.q(x), context.positions, base=self.base)
         k = rope(self.k(x), context.positions, base=self.base)
         y, state = retention(
