@@ -2,14 +2,13 @@
 
 A member is entered by entering `MIXERS` or `FEEDFORWARDS`. Most laws run it in a small decoder, on
 texts of [2, T] tokens, so that each member compiles once for whole rows and once for each of two
-piece lengths; laws of derivatives run it alone. Compiling is nearly all the time of this file, so
-LLVM's optimisations are left out.
+piece lengths; laws of derivatives run it alone.
 """
 
 import importlib
 import pkgutil
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
 from typing import get_args, get_type_hints
 
@@ -71,7 +70,6 @@ def reach(name: str) -> int:
 members = pytest.mark.parametrize("name", MEMBERS)
 causal = pytest.mark.parametrize("name", [n for n in MEMBERS if MIXERS[kind(n)].causality in LEAK])
 decoding = pytest.mark.parametrize("name", [n for n in MEMBERS if MIXERS[kind(n)].decodes])
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Member:
@@ -79,9 +77,9 @@ class Member:
 
     def __init__(self, config: DecoderConfig, params=None):
         init, self.apply, _ = decoder(config)
-        self.params = jit(init)(jax.random.key(7)) if params is None else params
-        self.run = jit(self.logits)
-        self.step = jit(self.continued)
+        self.params = jax.jit(init)(jax.random.key(7)) if params is None else params
+        self.run = jax.jit(self.logits)
+        self.step = jax.jit(self.continued)
 
     def logits(self, params, tokens, positions, segments, key=None):
         return self.apply(params, tokens, positions=positions, segments=segments, key=key)[0]
@@ -283,7 +281,7 @@ def test_padding_changes_no_gradient():
         return (logits * weight).sum()
 
     texts_ = (np.where(positions < 0, pad, texts(8)).astype(np.int32) for pad in (0, 10**6))
-    wanted, got = (jit(jax.grad(loss))(model.params, tokens, positions) for tokens in texts_)
+    wanted, got = (jax.jit(jax.grad(loss))(model.params, tokens, positions) for tokens in texts_)
     for a, b in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
         assert np.array_equal(a, b)
     assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted)) > 1e-3
@@ -319,8 +317,8 @@ class Alone:
 
     def __init__(self, part: type):
         init, self.apply, _ = functional(lambda rngs: part(BASE, rngs))
-        self.params = jit(init)(jax.random.key(0))
-        self.compiled = jit(self.derivatives)
+        self.params = jax.jit(init)(jax.random.key(0))
+        self.compiled = jax.jit(self.derivatives)
 
     def derivatives(self, params, x, weight, positions, segments):
         context = Context(positions, segments)
@@ -464,7 +462,7 @@ def test_a_window_as_wide_as_the_row_is_full_attention():
     config = replace(BASE, pattern=("window",), window=WindowConfig(heads=4, kv_heads=2, width=T))
     unit = full.params["stack"]["runs"]["000"]["attention_00"]
     params = {**full.params, "stack": {"runs": {"000": {"window_00": unit}}}}
-    got = jit(decoder(config).apply)(params, texts(0))[0]
+    got = jax.jit(decoder(config).apply)(params, texts(0))[0]
     close(got, full.row(texts(0)), 1e-6)
 
 
@@ -482,7 +480,7 @@ def test_one_expert_is_the_dense_network():
     unit = with_expert(dense.params["stack"]["runs"]["000"]["attention_00"])
     params = {**dense.params, "stack": {"runs": {"000": {"attention_00": unit}}}}
     for key in (None, jax.random.key(0)):
-        got = jit(decoder(switch).apply)(params, texts(0), key=key)[0]
+        got = jax.jit(decoder(switch).apply)(params, texts(0), key=key)[0]
         close(got, dense.row(texts(0)), 1e-6)
 
 

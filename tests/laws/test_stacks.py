@@ -57,8 +57,6 @@ MIXED = replace(
     retention=RetentionConfig(heads=4, chunk=4),
     state_space=StateSpaceConfig(states=4, chunk=4),
 )
-# Compiling is nearly all the time of these laws; what is left out are LLVM's optimisations.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, V, (B, T)))
 POSITIONS = jnp.tile(jnp.arange(T), (B, 1))
 WEIGHT = jax.random.normal(jax.random.key(5), (B, T, V))
@@ -80,10 +78,10 @@ def model(config):
         return apply(params, tokens, positions=positions, state=state)[:2]
 
     return (
-        jax.tree.map(np.asarray, jit(init)(jax.random.key(1))),
-        jit(read, static_argnames="remat"),
-        jit(derive, static_argnames="remat"),
-        jit(step),
+        jax.tree.map(np.asarray, jax.jit(init)(jax.random.key(1))),
+        jax.jit(read, static_argnames="remat"),
+        jax.jit(derive, static_argnames="remat"),
+        jax.jit(step),
     )
 
 
@@ -117,7 +115,7 @@ def one_by_one(config, params):
     unit = functional(lambda rngs: Unit(config, rngs)).apply
     context = Context(POSITIONS, jnp.zeros_like(POSITIONS), aligned=True)
     x = params["embed"]["weight"][np.asarray(TOKENS)]
-    layer = jit(lambda own, x: unit(own, x, context)[0])
+    layer = jax.jit(lambda own, x: unit(own, x, context)[0])
     for _, run in sorted(params["stack"]["runs"].items()):
         for i in range(jax.tree.leaves(run)[0].shape[0]):
             x = layer(jax.tree.map(lambda v, i=i: v[i], run), x)
@@ -215,7 +213,7 @@ def leaves():
         trained = jax.tree.map(lambda v: v + 0.03 if v.dtype == jnp.float32 else v, params)
         return trained, jax.tree.map(dense, trained, is_leaf=is_weight)
 
-    params, equivalent = jit(make)(params)
+    params, equivalent = jax.jit(make)(params)
     runs = equivalent["stack"]["runs"].values()
     merged = jax.tree.map(lambda *parts: np.concatenate(parts), *runs)
     return params, {**equivalent, "stack": {"runs": {"000": merged}}}
@@ -237,7 +235,7 @@ def test_layers_of_different_leaf_types_train_their_learned_parts(leaves):
     def loss(trainable):
         return (decoder(DEEP).apply(combine(trainable, frozen), TOKENS)[0] * WEIGHT).sum()
 
-    gradients = jit(jax.grad(loss))(trainable)
+    gradients = jax.jit(jax.grad(loss))(trainable)
     wanted = model(DEEP)[2](equivalent)[1]
     run = gradients["stack"]["runs"]
     for name in ("norm_mixer", "norm_feedforward"):
@@ -414,7 +412,7 @@ def draws(monkeypatch, run):
 
 
 def train_once(config, params):
-    return jit(lambda p, key: decoder(config).apply(p, TOKENS, key=key)[0])(
+    return jax.jit(lambda p, key: decoder(config).apply(p, TOKENS, key=key)[0])(
         params, jax.random.key(0)
     )
 
@@ -438,7 +436,7 @@ def test_the_key_law_catches_a_fold_that_forgets_its_index(monkeypatch):
 def test_no_key_initialises_two_weights(monkeypatch):
     # The config differs from all others, so that nothing of it has been traced before.
     init = decoder(replace(NOISY, vocab=V + 1)).init
-    used = draws(monkeypatch, lambda: jit(init)(jax.random.key(0)))
+    used = draws(monkeypatch, lambda: jax.jit(init)(jax.random.key(0)))
     assert set(used.values()) == {1}
     assert len(used) == 1 + NOISY.layers * (4 + 1 + 2)  # projections, router, experts' two
 

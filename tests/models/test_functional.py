@@ -22,7 +22,6 @@ from effjax.transforms.quantize.round_to_nearest import round_to_nearest
 from effjax.weights import Axes, Factored, LowRank, einsum, is_weight, partition, paths
 
 SMALL = DecoderConfig(vocab=7, width=8, hidden=12, layers=2, attention=AttentionConfig(heads=2))
-PLAIN = {"xla_backend_optimization_level": 0}  # most of these tests' time is compiling
 
 
 class Tied(nnx.Module):
@@ -51,7 +50,7 @@ IDS = jnp.asarray([[0, 4, 2]])
 
 @cache
 def small():
-    return jax.jit(decoder(SMALL).init, compiler_options=PLAIN)(jax.random.key(0))
+    return jax.jit(decoder(SMALL).init)(jax.random.key(0))
 
 
 def test_init_gives_a_plain_dict_under_every_transformation():
@@ -192,14 +191,14 @@ def test_any_leaf_or_subtree_may_sit_at_a_param():
 def test_a_decoder_takes_other_leaves_and_other_runs():
     (_, apply, axes_of), params = decoder(SMALL), small()
     own = axes_of(params)
-    coded = jax.jit(lambda p: round_to_nearest(p, own, bits=8), compiler_options=PLAIN)(params)
+    coded = jax.jit(lambda p: round_to_nearest(p, own, bits=8))(params)
     assert sum(map(is_weight, jax.tree.leaves(coded, is_leaf=is_weight))) == 7
     split = split_runs(coded, axes_of(coded), at=[1])
     for tree in (coded, split):
         axes = axes_of(tree)
         assert jax.tree.structure(axes) == jax.tree.structure(tree, is_leaf=is_weight)
-    logits = jax.jit(apply, compiler_options=PLAIN)(coded, IDS)[0]
-    plain = jax.jit(apply, compiler_options=PLAIN)(params, IDS)[0]
+    logits = jax.jit(apply)(coded, IDS)[0]
+    plain = jax.jit(apply)(params, IDS)[0]
     assert 0 < jnp.abs(logits - plain).max() < 0.05 * jnp.abs(plain).max()
 
 
@@ -257,7 +256,7 @@ def test_equal_configs_are_one_program():
         traces.append(1)
         return apply(params, ids)[0]
 
-    run = jax.jit(run, static_argnums=0, compiler_options=PLAIN)
+    run = jax.jit(run, static_argnums=0)
     params = small()
     for config in (SMALL, replace(SMALL), DecoderConfig(**vars(SMALL))):
         run(decoder(config).apply, params, IDS)
@@ -270,14 +269,14 @@ def test_a_new_scale_or_new_values_do_not_retrace():
     traces = []
     (_, apply, axes_of), params = decoder(SMALL), small()
     axes = axes_of(params)
-    adapted = jax.jit(lambda p: lora(p, axes, rank=2, alpha=2.0), compiler_options=PLAIN)(params)
+    adapted = jax.jit(lambda p: lora(p, axes, rank=2, alpha=2.0))(params)
     adapted = jax.tree.map(lambda v: v + 0.1, adapted)
 
     def run(params):
         traces.append(1)
         return apply(params, IDS)[0]
 
-    run = jax.jit(run, compiler_options=PLAIN)
+    run = jax.jit(run)
 
     def scaled(factor):
         def change(w):
@@ -302,7 +301,7 @@ def test_a_tie_is_one_param_whose_gradient_is_the_sum_of_both_uses():
         def loss(p):
             return (decoder(config).apply(p, IDS)[0] * weight).sum()
 
-        return jax.jit(jax.value_and_grad(loss), compiler_options=PLAIN)(params)
+        return jax.jit(jax.value_and_grad(loss))(params)
 
     value, both = gradients(tied_config, params)
     same, each = gradients(untied_config, apart)

@@ -16,7 +16,6 @@ from effjax.ops.attention.plan import DIRECT_QUERIES
 N, K, H = 4, 2, 8
 WIDTH = 5
 PATTERNS = {"causal": Causal(), "window": Window(WIDTH)}
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # to save time
 LENGTH = 47  # more than 2 (width + 17) + 3 - 1: a window's slots are all reused
 
 
@@ -60,7 +59,7 @@ def step(write, pattern, cache, q, k, v, positions, segments):
     return cache, y
 
 
-COMPILED = jit(partial(step, write_cache), static_argnums=0)
+COMPILED = jax.jit(partial(step, write_cache), static_argnums=0)
 
 
 def in_pieces(pattern, piece: int, inputs, run=COMPILED, slots=None, dtype=jnp.float32):
@@ -127,7 +126,7 @@ def by_position(cache, k, v, positions, segments):
 
 
 def test_the_law_catches_slots_by_position_and_only_where_documents_are_packed():
-    pattern, faulty = Window(WIDTH), jit(partial(step, by_position), static_argnums=0)
+    pattern, faulty = Window(WIDTH), jax.jit(partial(step, by_position), static_argnums=0)
     got = in_pieces(pattern, 3, tokens(), run=faulty)
     with pytest.raises(AssertionError, match="'packed'"):
         check(got, pattern)
@@ -144,7 +143,7 @@ def test_slots_hold_the_last_live_tokens_in_order_of_their_number(slots, piece):
     """Live token n of a row stands in slot n % S, whatever its position; nothing else stands."""
     _, k, v = tokens(1)
     state = empty_cache(B, K, slots, H, piece, jnp.float32)
-    write = jit(write_cache)
+    write = jax.jit(write_cache)
     for begin in range(0, LENGTH - LENGTH % piece, piece):
         part = (x[:, begin : begin + piece] for x in (k, v, POSITIONS, SEGMENTS))
         state = write(state, *part)
@@ -204,7 +203,7 @@ def test_gradients_reach_through_the_cache():
         marks = {"q_segments": SEGMENTS, "k_segments": SEGMENTS}
         return (naive_attention(q, k, v, pattern=pattern, **places, **marks) * weight).sum()
 
-    got, wanted = (jit(jax.grad(f, (0, 1, 2)))(*tokens()) for f in (pieces, whole))
+    got, wanted = (jax.jit(jax.grad(f, (0, 1, 2)))(*tokens()) for f in (pieces, whole))
     for name, a, b in zip("qkv", got, wanted, strict=True):
         a, b = np.asarray(jnp.where(live, a, 0)), np.asarray(jnp.where(live, b, 0))
         assert b.std() > 1e-2
