@@ -30,7 +30,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
-from effjax.errors import ConfigError, EffjaxError, near
+from effjax.errors import ConfigError, EffjaxError, Preempted, near
 
 C = TypeVar("C")
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
@@ -176,17 +176,25 @@ def main(
     """Runs a command, `raise SystemExit(main(run, Config))`, and returns its exit code.
 
     A refusal (`EffjaxError`), from the options or from `run`, is one line on stderr and its own
-    exit code; `--debug` raises it with its traceback instead. An interruption is `run`'s to handle:
-    it saves what is finished and raises `Preempted`.
+    exit code. What nobody foresaw is one line too, and exits 1. `--debug` raises either with its
+    traceback. An interruption exits 75; what is finished is `run`'s to save.
     """
     words = list(sys.argv[1:] if args is None else args)
     try:
         return run(parse(cls, words, **kwargs)) or 0
-    except EffjaxError as error:
+    except KeyboardInterrupt:
+        return _say("interrupted", Preempted.exit_code)
+    except Exception as error:
         if "--debug" in words:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return error.exit_code
+        if isinstance(error, EffjaxError):
+            return _say(str(error), error.exit_code)
+        return _say(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _say(message: str, exit_code: int) -> int:
+    print(f"error: {' '.join(message.split())[:1000]}", file=sys.stderr, flush=True)
+    return exit_code
 
 
 def _types(cls: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ Survey", section 8, https://arxiv.org/abs/2209.00099
 """
 
 import os
+import shlex
 import time
 
 import jax
@@ -38,7 +39,7 @@ PROMPT = "def main("
 
 def compare(config: CompareConfig) -> int:
     """Runs what is missing of a comparison and shows all of it."""
-    with RunDirectory(config.out, config) as directory:
+    with RunDirectory(config.out, config, free=("methods",)) as directory:
         comparison = Comparison(config, directory)
         facts = header(comparison)
         print("effjax compare: efficient methods at equal training FLOPs")
@@ -123,7 +124,7 @@ def next_commands(config: CompareConfig) -> list[str]:
     return [
         "next:",
         "  python -m experiments.compare --minutes 30 --out runs/compare-30    # for a verdict",
-        f"  python -m experiments.generate --checkpoint {trained} --prompt 'import '",
+        f"  python -m experiments.generate --checkpoint {shlex.quote(trained)} --prompt 'import '",
         "  python -m effjax methods                                             # what there is",
     ]
 

@@ -12,6 +12,7 @@ Cost: about 1 minute for 300 steps of the default on 2 cores. Expectation: under
 """
 
 import math
+import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from effjax.cost.peaks import peaks
 from effjax.data.corpora import load
 from effjax.data.loader import ArrayLoader
 from effjax.data.packing import pack_corpus
-from effjax.data.tokenizers import ByteTokenizer
+from effjax.data.tokenizers import ByteTokenizer, require_vocab
 from effjax.errors import Preempted
 from effjax.evaluate import measure
 from effjax.models.configs import DecoderConfig
@@ -57,6 +58,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         require_types(self)
         require_positive(self, "steps", "save_every")
+        require_vocab(self.model.vocab)
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -85,7 +87,8 @@ def pretrain(config: PretrainConfig) -> int:
         )
         interval = "" if scored.low is None else f" [{scored.low:.3f}, {scored.high:.3f}]"
         print(f"held-out text: {scored.value:.3f} bits per byte{interval}")
-        print(f"next: python -m experiments.generate --checkpoint {directory / 'model'}")
+        model = shlex.quote(str(directory / "model"))
+        print(f"next: python -m experiments.generate --checkpoint {model}")
     return 0
 
 

@@ -1,10 +1,19 @@
-"""Eight fake devices, exact matmuls and no silent broadcasting, for every test."""
+"""Eight fake devices, exact matmuls and no silent broadcasting, for every test.
+
+Nearly all test time is the compiler's last step, turning small programs that run once into fast
+machine code. Tests leave it out: graphs, fusions, buffers and collectives are the same as a
+user's, the machine code is not tuned. `EFFJAX_TEST_TUNED=1 pytest` runs what a user runs.
+"""
 
 import os
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-).strip()
+_FLAGS = ["--xla_force_host_platform_device_count=8"]
+if not os.environ.get("EFFJAX_TEST_TUNED"):
+    _FLAGS += [
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax

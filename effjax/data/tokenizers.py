@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from effjax.data.documents import check_utf8
-from effjax.errors import DataError
+from effjax.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -66,3 +66,11 @@ class ByteTokenizer:
         else:
             check_utf8(text, "text")
         return np.frombuffer(text, np.uint8)
+
+
+def require_vocab(vocab: int) -> None:
+    """Requires a model to know every id that bytes can have. Raises ConfigError."""
+    if vocab < ByteTokenizer.vocab:
+        raise ConfigError(
+            f"model.vocab must be at least {ByteTokenizer.vocab} for bytes, got {vocab}"
+        )

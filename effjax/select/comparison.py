@@ -5,8 +5,11 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
+import jax
+
 from effjax.config import require_finite, require_types
 from effjax.data.corpora import load
+from effjax.data.tokenizers import require_vocab
 from effjax.errors import ConfigError, near
 from effjax.evaluate.record import Record, read_records, write_records
 from effjax.models.configs import DecoderConfig, Kind
@@ -21,6 +24,7 @@ from effjax.training.saved_model import load_model, save_model
 from effjax.transforms.recipe import apply_recipe
 from effjax.weights import Tree
 
+RUN = "compare"
 BASELINE = "attention"
 SECOND_SEED = "attention-seed-2"
 TRAINED = (BASELINE, "window", "retention", "state_space", "switch", SECOND_SEED)
@@ -66,7 +70,23 @@ class CompareConfig:
         require_types(self)
         for name in ("minutes", "flops_per_minute"):
             require_finite(self, name, low=0.0, low_open=True)
-        require_finite(self, "seed", low=0)
+        require_finite(self, "seed", low=0, high=2**31 - 2)
+        require_vocab(self.model.vocab)
+        if not self._asked:
+            raise ConfigError(
+                f"methods must name at least one row, or be all, got {self.methods!r}"
+            )
+        # What the rows set themselves would be overwritten in silence.
+        own = {
+            "model.pattern": (self.model.pattern, (BASELINE,)),
+            "model.feedforward": (self.model.feedforward, "dense"),
+            "train.seed": (self.train.seed, 0),
+        }
+        for name, (got, wanted) in own.items():
+            if got != wanted:
+                raise ConfigError(
+                    f"{name} is what the rows differ in: leave it {wanted}, got {got}"
+                )
         for name in self._asked:
             if name not in ROWS:
                 rows = ", ".join(ROWS)
@@ -104,6 +124,11 @@ class CompareConfig:
         return whole if row in TRAINED else LORA_SHARE * whole if row == "lora" else 0.0
 
 
+def row_of(made: Record) -> str:
+    """The row that a record was made for: two rows may be runs of one method."""
+    return made.run.partition("/")[2]
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a finished row took: model FLOPs, seconds of training them, and seconds around that."""
@@ -124,10 +149,11 @@ class Comparison:
         self.config, self.directory = config, directory
         self.began = time.perf_counter()
         self.text = Text(load(config.corpus), config.train.length)
-        self.laboratory = Laboratory("compare", config, config.seed)
+        self.laboratory = Laboratory(config, config.seed)
+        self._rehearse()
         stored = directory / "record.json"
         found = read_records(stored) if stored.exists() else []
-        self.records = {self._row_of(r): r for r in found if r.status.finished}
+        self.records = {row_of(r): r for r in found if r.status.finished}
         self.costs: list[Cost] = []
         self._base: Tree = None
         self._adapt: Text | None = None
@@ -209,6 +235,7 @@ class Comparison:
             self.laboratory.refer_to(self.config.model, self.baseline(), base)
         train = self.config.train
         return self.laboratory.measured(
+            f"{RUN}/{row}",
             METHODS.get(row, row),
             self.config.model_of(row),
             params,
@@ -219,12 +246,13 @@ class Comparison:
             **how,
         )
 
-    def _row_of(self, made: Record) -> str:
-        if made.method != BASELINE:
-            return made.method
-        if made.corpus.digest != self.text.corpus.digest:
-            return "topics"
-        return BASELINE if made.seed == self.config.seed else SECOND_SEED
+    def _rehearse(self) -> None:
+        """Applies every recipe to abstract parameters, so that a bad size is refused at once."""
+        init, _, axes_of = decoder(self.config.model)
+        abstract = jax.eval_shape(init, jax.random.key(0))
+        for row in self.config.rows:
+            if recipe := LORA if row == "lora" else RECIPES.get(row):
+                jax.eval_shape(apply_recipe(recipe, axes_of), abstract)
 
     def _second_text(self) -> Text:
         if self._adapt is None:
@@ -233,5 +261,5 @@ class Comparison:
 
     def _skipped(self, row: str, why: str) -> Record:
         return self.laboratory.skipped(
-            METHODS.get(row, row), self.text, self.config.seed_of(row), why
+            f"{RUN}/{row}", METHODS.get(row, row), self.text, self.config.seed_of(row), why
         )

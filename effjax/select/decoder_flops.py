@@ -94,7 +94,9 @@ def exact_mixing(config: DecoderConfig, kind: Kind, length: int) -> Flops:
 
 
 def pattern_of(config: DecoderConfig, kind: Kind) -> Pattern:
-    """Which keys an attention of this kind reads."""
+    """Which keys an attention of this kind reads; a kind without a closed form is refused."""
+    if kind not in ("attention", "window"):
+        raise NotImplementedError(f"no closed form of the FLOPs of mixer {kind!r}")
     return Window(config.window.width) if kind == "window" else Causal()
 
 

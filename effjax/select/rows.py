@@ -123,15 +123,16 @@ def fit(
 class Laboratory:
     """Measures rows of one comparison alike, their speed beside one reference model's.
 
-    run: the comparison's name. config: what it was asked for, whose digest every record carries.
+    config: what the comparison was asked for, whose digest every record carries.
     """
 
-    def __init__(self, run: str, config: Any, seed: int):
-        self.run, self.digest, self.seed = run, digest(config), seed
+    def __init__(self, config: Any, seed: int):
+        self.digest, self.seed = digest(config), seed
         self.reference: tuple[Callable, float] | None = None
 
     def measured(
         self,
+        run: str,
         name: str,
         model: DecoderConfig,
         params: Tree,
@@ -155,7 +156,7 @@ class Laboratory:
         state = state_bytes(apply, params)
         trainable = training.trainable if training is not None else 0
         return Record(
-            run=self.run,
+            run=run,
             method=name,
             config_digest=self.digest,
             corpus=text.summary,
@@ -176,10 +177,10 @@ class Laboratory:
         if rate is not None:
             self.reference = (_generation(decoder(model).apply, params), rate)
 
-    def skipped(self, name: str, text: Text, seed: int, why: str) -> Record:
+    def skipped(self, run: str, name: str, text: Text, seed: int, why: str) -> Record:
         """The record of a row that was not made: no figures, and the reason."""
         return Record(
-            run=self.run,
+            run=run,
             method=name,
             config_digest=self.digest,
             corpus=text.summary,

@@ -127,7 +127,15 @@ def _placed(model: DecoderConfig, params: Tree, key: jax.Array, grid: Mesh) -> t
         return _copied(shard(params, axes, grid)), axes
     abstract = jax.eval_shape(init, key)
     axes = axes_of(abstract)
-    return jax.jit(init, out_shardings=shardings(abstract, axes, grid))(key), axes
+    placed = shardings(abstract, axes, grid)
+    return jax.jit(init, out_shardings=placed, compiler_options=_untuned())(key), axes
+
+
+def _untuned() -> dict[str, Any] | None:
+    """How to compile a program that runs once on a CPU: tuning its code takes longer than it."""
+    if jax.default_backend() != "cpu":
+        return None
+    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def _copied(params: Tree) -> Tree:

@@ -106,6 +106,7 @@ def dense(w: AnyWeight) -> jax.Array:
 
 def contract_dense(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """`einsum(spec, x, w)` in x's dtype, accumulated in at least float32."""
+    letters(spec)
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
     y = jnp.einsum(spec, x, w.astype(x.dtype), preferred_element_type=accumulate)
     return y.astype(x.dtype)
@@ -132,9 +133,16 @@ def take(w: AnyWeight, ids: jax.Array) -> jax.Array:
 
 
 def letters(spec: str) -> tuple[str, str, str]:
-    """Splits `"btd,df->btf"` into the letters of activations, weight and result."""
-    operands, result = spec.replace(" ", "").split("->")
-    x, w = operands.split(",")
+    """Splits `"btd,df->btf"` into the letters of activations, weight and result.
+
+    Raises ValueError for another form, and for a letter that is summed over but not shared.
+    """
+    x, comma, rest = spec.replace(" ", "").partition(",")
+    w, arrow, result = rest.partition("->")
+    if not (comma and arrow and x and w) or "," in w:
+        raise ValueError(f"spec must read like 'btd,df->btf', got {spec!r}")
+    if alone := (set(x) ^ set(w)) - set(result):
+        raise ValueError(f"spec {spec!r} sums over {', '.join(sorted(alone))} of one operand alone")
     return x, w, result
 
 

@@ -93,8 +93,15 @@ def scanned(parameters: dict[str, jax.Array], u: jax.Array, associative: bool) -
 
 def chunked(chunk: int, aligned: bool) -> Callable:
     def f(parameters: dict, u: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
-        at = {"positions": positions, "segments": segments}
-        return diagonal_state_space(u, **parameters, **at, chunk=chunk, aligned=aligned)[0]
+        y, _ = diagonal_state_space(
+            u,
+            positions=positions,
+            segments=segments,
+            chunk=chunk,
+            aligned=aligned,
+            **parameters,
+        )
+        return y
 
     return f
 
