@@ -340,16 +340,26 @@ def test_main_turns_a_refusal_into_its_exit_code(error, code, capsys):
         main(run, Training, ["--debug"])
 
 
-def test_main_leaves_success_interruptions_and_faults_alone():
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [(KeyboardInterrupt, 75, "interrupted"), (ZeroDivisionError("by 0"), 1, "ZeroDivisionError")],
+)
+def test_every_end_is_an_exit_code_and_one_line(fault, code, said, capsys):
+    def run(config):
+        raise fault
+
+    assert main(run, Training, []) == code
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {said}")
+    assert printed.count("\n") == 1
+    if code == 1:
+        with pytest.raises(ZeroDivisionError):
+            main(run, Training, ["--debug"])
+
+
+def test_success_is_the_commands_own_exit_code():
     assert main(lambda config: None, Training, []) == 0
     assert main(lambda config: 4, Training, []) == 4
-    for fault in (KeyboardInterrupt, ZeroDivisionError):
-
-        def run(config, fault=fault):
-            raise fault
-
-        with pytest.raises(fault):
-            main(run, Training, [])
 
 
 def test_an_unsupported_annotation_is_a_programming_mistake():

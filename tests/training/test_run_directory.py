@@ -40,7 +40,8 @@ def test_the_same_config_goes_on(tmp_path):
 
 
 def test_another_config_is_refused_with_every_difference_and_changes_nothing(tmp_path):
-    RunDirectory(tmp_path, Outer()).close()
+    with RunDirectory(tmp_path, Outer()) as first:
+        first.log(step=1)
     other = replace(Outer(), steps=5, inner=Inner(8))
     with pytest.raises(ConfigError) as refusal:
         RunDirectory(tmp_path, other)
@@ -50,6 +51,24 @@ def test_another_config_is_refused_with_every_difference_and_changes_nothing(tmp
     assert "name" not in message
     with RunDirectory(tmp_path, Outer()) as same:
         assert same.resumed
+
+
+def test_a_start_without_results_claims_nothing(tmp_path):
+    RunDirectory(tmp_path, Outer()).close()
+    with RunDirectory(tmp_path, replace(Outer(), steps=5)) as other:
+        assert not other.resumed
+        other.log(step=1)
+    with pytest.raises(ConfigError, match="steps: 5 != 3"):
+        RunDirectory(tmp_path, Outer())
+
+
+def test_a_free_field_may_change(tmp_path):
+    with RunDirectory(tmp_path, Outer()) as first:
+        first.log(step=1)
+    with RunDirectory(tmp_path, replace(Outer(), steps=5), free=("steps",)) as again:
+        assert again.resumed
+    with pytest.raises(ConfigError, match="steps: 5 != 3"):
+        RunDirectory(tmp_path, Outer())
 
 
 def test_a_row_is_on_disk_when_it_is_logged(tmp_path):
@@ -74,6 +93,7 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path, where):
 
 def test_a_damaged_config_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text("{")
+    (tmp_path / "record.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"config\.json is not valid JSON"):
         RunDirectory(tmp_path, Outer())
 
