@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 @jax.tree_util.register_dataclass
@@ -11,7 +12,8 @@ import jax
 class Context:
     """Positions, documents, memory and randomness of one call, shared by all layers.
 
-    positions: int32 [B T]; -1 is padding, which is never written or read.
+    positions: int32 [B T]; -1 is padding, which is never written or read. They rise from token to
+        token of a segment; a gap between two is that much distance.
     segments: int32 [B T]; tokens meet only within one segment (packed documents).
     memory: what cross-attention and retrieval read, or None.
     key: None is evaluation, a key is training; each layer and block has its own.
@@ -33,7 +35,7 @@ class Context:
         if self.aligned:
             return x
         live = (self.positions >= 0)[..., None]
-        return jax.numpy.where(live, x, jax.numpy.zeros((), x.dtype))
+        return jnp.where(live, x, jnp.zeros((), x.dtype))
 
     def for_layer(self, key: jax.Array | None) -> "Context":
         """The same context with a layer's own key."""
@@ -54,4 +56,4 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     if key is None or rate == 0.0:
         return x
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jax.numpy.where(kept, x / (1 - rate), jax.numpy.zeros((), x.dtype))
+    return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))

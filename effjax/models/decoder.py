@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from effjax.models.configs import DecoderConfig
-from effjax.models.context import Context, fold
+from effjax.models.context import Context
 from effjax.models.functional import Functional, functional
 from effjax.models.layers import Dense, Embed, Norm
 from effjax.models.stack import Remat, Stack
@@ -39,8 +39,9 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Tree, Tree]:
         """Logits [B T V] in the compute dtype, the new state, and `aux`.
 
-        tokens: int32 [B T]. positions (-1 = padding) and segments default to one document a row
-        that starts at 0, which is also the only case where position may be read off the index.
+        tokens: int32 [B T]. positions (-1 = padding, else rising within a segment) and segments
+        default to one document a row that starts at 0, which is also the only case where position
+        may be read off the index.
         state: from `init_state`; then each call continues where the last one ended.
         aux: `{"stack": {run: {block: {"hidden": [layers B T D], ...}}}}`; unused it costs nothing
         under jit.
@@ -55,7 +56,7 @@ class Decoder(nnx.Module):
             tokens = jnp.where(positions >= 0, tokens, jnp.zeros_like(tokens))
         if segments is None:
             segments = jnp.zeros_like(tokens)
-        context = Context(positions, segments, memory, fold(key, 0), aligned)
+        context = Context(positions, segments, memory, key, aligned)
         x = self.embed(tokens, self.dtype)
         x, state, aux = self.stack(x, context, state, remat=remat)
         x = self.norm(x)

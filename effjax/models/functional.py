@@ -1,13 +1,14 @@
 """From a Flax module to pure functions of a plain dict: the border that Flax does not cross."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
-from effjax.weights import Axes, Tree
+from effjax.weights import Tree
 
 Path = tuple[Any, ...]
 
@@ -70,7 +71,7 @@ def _axes(variable: Any, value: Tree) -> Any:
     if isinstance(axes, RunsAxes):
         return {run: _nest(axes) for run in value}
     if isinstance(variable, Constant):
-        return Axes(axes.inputs, axes.outputs, axes.batch, axes.lookup, constant=True)
+        return replace(axes, constant=True)
     return axes
 
 

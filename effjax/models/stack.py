@@ -41,10 +41,10 @@ class Unit(nnx.Module):
 class Stack(nnx.Module):
     """Units scanned in runs: params are `{"runs": {"000": unit params with a leading layer axis}}`.
 
-    The repeats are that axis's size and the runs are the dict's keys, so dropping, duplicating or
-    splitting layers is a function of params and needs no other model. Layer states ride in the
-    scan's carry and are written in place by layer index: as inputs and outputs of the scan, a
-    cache would be copied whole at every token.
+    The repeats are that axis's size and the runs are the dict's keys, in the order of their text,
+    so dropping, duplicating or splitting layers is a function of params and needs no other model.
+    Layer states ride in the scan's carry and are written in place by layer index: as inputs and
+    outputs of the scan, a cache would be copied whole at every token.
     """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
@@ -69,7 +69,7 @@ class Stack(nnx.Module):
         self, x: jax.Array, context: Context, state: Tree = None, *, remat: Remat | None = None
     ) -> tuple[jax.Array, Tree, Tree]:
         states, auxs = {}, {}
-        for run, units in self.runs.get_value().items():
+        for run, units in sorted(self.runs.get_value().items()):
             own = context.for_layer(fold(context.key, int(run)))
             before = None if state is None else state[run]
             x, states[run], auxs[run] = self._scan(units, x, own, before, remat)

@@ -241,6 +241,19 @@ def test_decoding_packed_and_padded_rows_is_prefill(name):
     close(parts[live], whole[live])
 
 
+@decoding
+def test_a_gap_in_positions_is_distance(name):
+    """The same with a state and without, and not what a row without the gap gives."""
+    model, tokens = member(name), texts(5)
+    positions, segments = plain()
+    gapped = positions + 2 * (positions >= 9) + 40 * (positions >= 17)
+    whole = model.row(tokens, gapped, segments)
+    close(model.pieces([0, 7, 8, 15, 22], tokens, gapped, segments), whole)
+    moved = np.abs(whole - model.row(tokens)).max(axis=(0, 2))
+    assert moved[:9].max() < 1e-6
+    assert moved[9:].min() > 1e-5
+
+
 @members
 def test_a_row_does_not_depend_on_its_batch(name):
     model, tokens = member(name), texts(6)

@@ -151,6 +151,24 @@ def test_twelve_runs_are_one_run_of_twelve():
     assert np.abs(derive(backwards)[0] - value) > 1e-3  # order matters
 
 
+def test_runs_stand_in_the_order_of_their_names_without_compiling_too():
+    """A compiled call sorts the keys of a dict; an eager one gets them as they were put in."""
+    whole = params_of(DEEP)
+    split = jax.tree.map(jnp.asarray, split_runs(whole, axes_of(DEEP, whole), at=[6]))
+    swapped = dict(reversed(split["stack"]["runs"].items()))
+    assert list(swapped) == ["001", "000"]
+    logits = decoder(DEEP).apply({**split, "stack": {"runs": swapped}}, TOKENS)[0]
+    close(logits, model(DEEP)[1](whole)[0])
+
+
+def test_a_batch_of_models_is_a_loop_over_them():
+    whole, read = params_of(DEEP), model(DEEP)[1]
+    several = jax.tree.map(lambda v: np.stack([v, 0.5 * v]), whole)
+    logits = jax.jit(jax.vmap(lambda p: decoder(DEEP).apply(p, TOKENS)[0]))(several)
+    close(logits[0], read(whole)[0])
+    close(logits[1], read(jax.tree.map(lambda v: 0.5 * v, whole))[0])
+
+
 def test_a_prefix_of_layers_gives_the_intermediate_hidden_state():
     whole, read = params_of(DEEP), model(DEEP)[1]
     _, (hidden,) = read(whole)
