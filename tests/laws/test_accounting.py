@@ -48,7 +48,7 @@ from effjax.transforms.recipe import apply_recipe
 from effjax.weights import count_parameters
 
 # Sizes that the main job's own recipes accept; head sizes and key heads differ from one another.
-V, D, F, L, E, P = 48, 32, 64, 2, 8, 4
+V, D, F, L, E, P = 256, 32, 64, 2, 8, 4
 N, K, H, W, HV, CHUNK = 2, 1, 32, 8, 24, 16
 MODEL = DecoderConfig(
     vocab=V,
