@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from effjax.errors import ConfigError
 
-FLOPS_PER_MINUTE = 4e11
+FLOPS_PER_MINUTE = 3e11
 """Model FLOPs that one trained row gets per minute asked for.
 
-Sized for 2 CPU cores at 70 GFLOP/s each, of whose time one row of the comparison may take a
-twentieth. A change of this number makes earlier results incomparable: it changes every model.
+Sized for 2 CPU cores: the baseline of the comparison took 88 CPU seconds for 2e12 of them while
+other programs shared the machine, so a row of 5 minutes takes about half a minute on 2 idle cores.
+A change of this number makes earlier results incomparable: it changes every model.
 """
 
 
