@@ -6,6 +6,7 @@ user's, the machine code is not tuned. `EFFJAX_TEST_TUNED=1 pytest` runs what a 
 """
 
 import os
+from importlib.metadata import version
 
 _FLAGS = ["--xla_force_host_platform_device_count=8"]
 if not os.environ.get("EFFJAX_TEST_TUNED"):
@@ -13,6 +14,8 @@ if not os.environ.get("EFFJAX_TEST_TUNED"):
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
     ]
+    if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones lack the option
+        _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
