@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from effjax.errors import ConfigError
 
-FLOPS_PER_MINUTE = 3e11
+FLOPS_PER_MINUTE = 2e11
 """Model FLOPs that one trained row gets per minute asked for.
 
-Sized for 2 CPU cores: the baseline of the comparison took 88 CPU seconds for 2e12 of them while
-other programs shared the machine, so a row of 5 minutes takes about half a minute on 2 idle cores.
-A change of this number makes earlier results incomparable: it changes every model.
+Sized for 2 CPU cores, where the comparison's baseline was seen to train at 40 GFLOP/s and a row to
+take 12 seconds besides: at 5 minutes, 25 seconds of training in each of six rows leave time for
+all others. A change of this number makes earlier results incomparable: it changes every model.
 """
 
 
