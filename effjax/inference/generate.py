@@ -9,7 +9,7 @@ import numpy as np
 
 from effjax.errors import ConfigError
 from effjax.inference.sampling import SamplingConfig, sample
-from effjax.transforms.grow import split_every_layer
+from effjax.transforms.grow import count_layers, split_every_layer
 from effjax.weights import Tree
 
 
@@ -66,8 +66,7 @@ def decoding_form(params: Tree) -> Tree:
     copy of the whole model per token; accelerators read them in place. The split copies the weights
     once.
     """
-    depth = sum(jax.tree.leaves(run)[0].shape[0] for run in params["stack"]["runs"].values())
-    if jax.default_backend() != "cpu" or depth > UNROLLED_LAYERS:
+    if jax.default_backend() != "cpu" or count_layers(params) > UNROLLED_LAYERS:
         return params
     return _split(params)
 

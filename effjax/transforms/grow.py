@@ -46,6 +46,14 @@ def split_every_layer(params: Tree, *, stack: str = "stack") -> Tree:
     return _with_runs(params, stack, [[place] for place in places])
 
 
+def count_layers(params: Tree, *, stack: str = "stack") -> int:
+    """How many layers a stack has (units, where its pattern has several blocks), over all runs.
+
+    Source: none, bookkeeping.
+    """
+    return sum(map(_depth, params[stack]["runs"].values()))
+
+
 def keep_layers(params: Tree, axes: Tree, *, layers: Sequence[int], stack: str = "stack") -> Tree:
     """Makes a stack of the given layers, in that order: fewer, repeated or moved.
 
