@@ -18,8 +18,9 @@ https://arxiv.org/abs/2211.03495, whose encoders lose 8% of their tasks' scores 
 heads constant, after a classifier is trained on top; Treviso et al. 2023, section 3.1.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -28,8 +29,7 @@ import numpy as np
 
 from effjax.config import main, require_positive, require_types
 from effjax.data.corpora import load
-from effjax.data.loader import ArrayLoader
-from effjax.data.packing import Packed, pack_corpus
+from effjax.data.packing import pack_corpus
 from effjax.data.tokenizers import ByteTokenizer
 from effjax.models.configs import DecoderConfig
 from effjax.models.decoder import decoder
@@ -37,8 +37,8 @@ from effjax.models.mixers.papa import make_constant
 from effjax.models.sections import AttentionConfig, PapaConfig
 from effjax.objectives.causal_lm import causal_lm
 from effjax.select.claims import Verdict, verdict, write_result
-from effjax.training.loop import TrainConfig, start, train
 from effjax.training.optimizer import OptimizerConfig
+from effjax.training.seeds import seeded_batches, train_seeds
 from effjax.weights import Tree
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -55,17 +55,13 @@ class ProbeConfig:
     corpus: str = "python"
     seeds: int = 5
     steps: int = 600
+    batch: int = 16
     length: int = 64
     out: str = "experiments/results/attention_probe.json"
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(
-            batch=16, length=64, optimizer=OptimizerConfig(learning_rate=3e-3)
-        )
-    )
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "seeds", "steps", "length")
+        require_positive(self, "seeds", "steps", "batch", "length")
 
     @property
     def model(self) -> DecoderConfig:
@@ -77,13 +73,6 @@ class ProbeConfig:
             attention=AttentionConfig(heads=4),
             papa=PapaConfig(length=self.length),
         )
-
-
-def whole_rows(packed: Packed, count: int) -> jax.Array:
-    """The tokens [count T] of rows that one document fills."""
-    batch = packed.rows(np.arange(packed.count))
-    whole = (batch.segments == batch.segments[:, :1]).all(axis=1) & (batch.positions >= 0).all(1)
-    return jnp.asarray(batch.tokens[whole][:count])
 
 
 @partial(jax.jit, static_argnames="apply")
@@ -108,16 +97,8 @@ def probed(params: Tree, weights: jax.Array, heads: jax.Array) -> Tree:
     return {**params, "stack": {"runs": {"000": {"papa_00": unit}}}}
 
 
-def probe(config: ProbeConfig, seed: int, learned: Packed, held_out: jax.Array) -> list[float]:
+def probe(apply: Any, params: Tree, seen: jax.Array, held_out: jax.Array) -> list[float]:
     """Bits per byte of held-out text for each share of constant heads."""
-    setting = TrainConfig(
-        config.train.batch, config.length, seed=seed, optimizer=config.train.optimizer
-    )
-    run = start(config.model, setting, config.steps)
-    loader = ArrayLoader(learned, setting.batch, seed)
-    params = train(run.state, run.step, loader, run.mesh, until=config.steps).params
-    apply = decoder(config.model).apply
-    seen = whole_rows(learned, TEXTS)
     weights = averages(apply, params, seen)
     layers, heads = weights.shape[:2]
     one = np.eye(layers * heads).reshape(-1, layers, heads)
@@ -140,14 +121,20 @@ def judged(found: np.ndarray) -> list[Verdict]:
 
 
 def run(config: ProbeConfig) -> None:
-    learned, held_out = load(config.corpus).split()
-    tokenizer = ByteTokenizer()
-    packed = pack_corpus(learned, tokenizer, config.length)
-    scored = whole_rows(pack_corpus(held_out, tokenizer, config.length), TEXTS)
+    learned, held_out = (
+        pack_corpus(text, ByteTokenizer(), config.length) for text in load(config.corpus).split()
+    )
+    seen, scored = (jnp.asarray(text.whole_rows(TEXTS)[:, :-1]) for text in (learned, held_out))
+    apply, seeds = decoder(config.model).apply, range(config.seeds)
+    batches = seeded_batches(learned, config.batch, seeds)
+    trained, _ = train_seeds(
+        config.model, OptimizerConfig(), batches, seeds=seeds, steps=config.steps
+    )
     rows = []
     print("seed  " + "  ".join(f"{share:>6.0%}" for share in SHARES) + "   of the heads constant")
-    for seed in range(config.seeds):
-        rows.append(probe(config, seed, packed, scored))
+    for seed in seeds:
+        params = jax.tree.map(itemgetter(seed), trained)
+        rows.append(probe(apply, params, seen, scored))
         print(f"{seed:4}  " + "  ".join(f"{x:6.3f}" for x in rows[-1]), flush=True)
     verdicts = judged(np.array(rows))
     for found in verdicts:

@@ -134,13 +134,6 @@ def scored(made: DecoderConfig, params: Tree, text: np.ndarray, length: int) -> 
     return np.stack([losses(apply, params, x, y) for x, y in cut])
 
 
-def long_rows(packed: Packed) -> np.ndarray:
-    """Rows [ROWS 4L+1] that one document fills, with the byte after each."""
-    batch = packed.rows(np.arange(packed.count))
-    whole = (batch.segments == batch.segments[:, :1]).all(1) & (batch.targets >= 0).all(1)
-    return np.concatenate([batch.tokens, batch.targets[:, -1:]], axis=1)[whole][:ROWS]
-
-
 Row = tuple[tuple[str, str], np.ndarray]
 """A kind and a scheme, and their bits per byte [times seeds]."""
 
@@ -149,7 +142,7 @@ def grid(config: ExtrapolationConfig) -> Iterator[Row]:
     """Every kind and scheme, as they are done."""
     learned, held_out = load(config.corpus).split()
     short, long = (pack_corpus(learned, ByteTokenizer(), n * config.length) for n in (1, TIMES[-1]))
-    text = long_rows(pack_corpus(held_out, ByteTokenizer(), TIMES[-1] * config.length))
+    text = pack_corpus(held_out, ByteTokenizer(), TIMES[-1] * config.length).whole_rows(ROWS)
     schemes, seeds = names(config.schemes, SCHEMES, "schemes"), range(config.seeds)
 
     def row(kind: str, name: str, made: DecoderConfig, params: Tree) -> Row:

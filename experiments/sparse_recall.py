@@ -34,7 +34,7 @@ import optax
 
 from effjax.config import main, require_positive, require_types
 from effjax.data.corpora import load
-from effjax.data.packing import Packed, pack_corpus
+from effjax.data.packing import pack_corpus
 from effjax.data.tokenizers import ByteTokenizer
 from effjax.models.configs import AttentionConfig, DecoderConfig
 from effjax.models.decoder import decoder
@@ -92,13 +92,6 @@ MODEL = DecoderConfig(
     layers=3,
     attention=AttentionConfig(heads=HEADS, normalizer="entmax", alpha=ALPHA),
 )
-
-
-def whole_rows(packed: Packed, count: int) -> jax.Array:
-    """The tokens [count T] of rows that one document fills."""
-    batch = packed.rows(np.arange(packed.count))
-    whole = (batch.segments == batch.segments[:, :1]).all(axis=1) & (batch.positions >= 0).all(1)
-    return jnp.asarray(batch.tokens[whole][:count])
 
 
 @jax.jit
@@ -257,8 +250,8 @@ def run(config: RecallConfig) -> None:
     setting = OptimizerConfig(learning_rate=3e-3)
     params, losses = train_seeds(MODEL, setting, batches, seeds=seeds, steps=config.steps)
     print(f"trained: {losses[-10:].mean() / np.log(2):.2f} bits per byte", flush=True)
-    seen = whole_rows(packed, ROWS)
-    test = whole_rows(pack_corpus(held_out, tokenizer, config.length), ROWS)
+    seen = jnp.asarray(packed.whole_rows(ROWS)[:, :-1])
+    test = jnp.asarray(pack_corpus(held_out, tokenizer, config.length).whole_rows(ROWS)[:, :-1])
     found, rows = [], []
     print(
         "seed            "

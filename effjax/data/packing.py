@@ -102,6 +102,16 @@ class Packed:
         """All rows at once, in order."""
         return self.rows(np.arange(self.count))
 
+    def whole_rows(self, count: int | None = None) -> np.ndarray:
+        """Rows of one document's ids, each with the id that follows it, int32 [B, length + 1].
+
+        count: the first so many of them; None: all.
+        """
+        batch = self.batch()
+        whole = (batch.segments == batch.segments[:, :1]).all(1) & (batch.targets >= 0).all(1)
+        ids = np.concatenate([batch.tokens, batch.targets[:, -1:]], axis=1)
+        return ids[whole][:count]
+
     def _begins(self, index: np.ndarray) -> np.ndarray:
         """Bool [B, length + 1]: where a document begins, or the last has ended, in these rows."""
         first = index * self.length

@@ -48,8 +48,14 @@ def _sinusoids(config: Any, owner: str) -> None:
 
 
 def _whole_rows(config: Any, owner: str) -> None:
-    """Some schemes need the whole of a row's attention at once."""
+    """Some schemes need the whole of a row's attention at once, or its values."""
     scheme = config.position.scheme
+    for kind in config.pattern if scheme == "shaw" else ():
+        if kind in ("longnet", "papa"):
+            raise ConfigError(
+                f"{owner}.position.scheme 'shaw' does not go with {kind!r}, whose weights "
+                "have no tables of values"
+            )
     for kind in config.pattern if scheme in UNSEGMENTED else ():
         if kind in (*SEGMENTED, *CHOOSING, *STABLE):
             apart = "whose memories are attended to apart"

@@ -34,6 +34,9 @@ from effjax.ops.attention.smyrf import Smyrf
 from effjax.ops.attention.sparse_transformer import Fixed, Strided
 from effjax.ops.attention.transformer_xl import TransformerXL
 
+HEADED: dict[Kind, bool] = {"retention": True}
+"""Kinds whose section names `heads` and `head_dim`, and whether they rotate what a head reads."""
+
 
 @dataclass(frozen=True)
 class StackConfig:
@@ -65,7 +68,7 @@ class StackConfig:
     window: Window = field(default_factory=Window)
     strided: Strided = field(default_factory=Strided)
     fixed: Fixed = field(default_factory=Fixed)
-    dilated: DilatedWindow = field(default_factory=DilatedWindow)
+    dilated: DilatedWindow = field(default_factory=lambda: DilatedWindow(32, (2,)))
     longformer: Longformer = field(default_factory=Longformer)
     bigbird: BigBird = field(default_factory=BigBird)
     etc: ETC = field(default_factory=ETC)
@@ -91,8 +94,8 @@ class StackConfig:
         if self.cross or any(kind in ATTENTIONS for kind in self.pattern):
             rotated = self.position.base_scheme in ROTARY
             self._require_whole_heads("attention", rotated=rotated)
-        if "retention" in self.pattern:
-            self._require_whole_heads("retention", rotated=True)
+        for kind in (kind for kind in HEADED if kind in self.pattern):
+            self._require_whole_heads(kind, rotated=HEADED[kind])
         require_compatible(self)
 
     def _require_pattern(self) -> None:
@@ -127,7 +130,7 @@ class StackConfig:
             )
 
     def head_dim(self, section: str) -> int:
-        """Size of a head of `attention` or `retention`."""
+        """Size of a head of `attention`, or of a kind in `HEADED`."""
         own = getattr(self, section)
         return own.head_dim or self.width // own.heads
 

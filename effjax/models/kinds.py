@@ -1,4 +1,9 @@
-"""The names of mixers and of position schemes, and which go together."""
+"""The names of mixers and of position schemes, and which go together.
+
+A new kind stands in `Kind` and, if it is an attention, in one of `MASKED`, `SEGMENTED`, `CHOOSING`
+and `STABLE`, or beside them in `PATTERNED` or `ATTENTIONS`; the other tuples follow. It has a class
+in `mixers.MIXERS` and, for its numbers, a section in `configs.StackConfig`.
+"""
 
 from typing import Literal, get_args
 
@@ -55,7 +60,7 @@ ROTARY = ("rope", "pi", "ntk", "dynamic_ntk", "yarn")
 EMBEDDED = ("sinusoidal", "learned")
 """The schemes that a model adds to its embedding, and that leave attention as it is."""
 
-PATTERNED: tuple[Kind, ...] = (
+MASKED: tuple[Kind, ...] = (
     "window",
     "strided",
     "fixed",
@@ -63,15 +68,14 @@ PATTERNED: tuple[Kind, ...] = (
     "longformer",
     "bigbird",
     "etc",
-    "longnet",
-    "transformer_xl",
-    "compressive",
-    "infinity",
 )
-"""The kinds whose section of a config is the pattern of keys that they read."""
+"""The kinds that are one attention over a pattern of keys."""
 
 SEGMENTED: tuple[Kind, ...] = ("transformer_xl", "compressive", "infinity")
 """The kinds that read a memory of earlier segments apart from their own segment."""
+
+PATTERNED: tuple[Kind, ...] = (*MASKED, "longnet", *SEGMENTED)
+"""The kinds whose section of a config is the pattern of keys that they read."""
 
 UNSEGMENTED: tuple[Scheme, ...] = ("shaw", "dynamic_ntk", "randomized")
 """The position schemes that need the whole of a row's attention at once."""
@@ -88,26 +92,14 @@ ATTENTIONS: tuple[Kind, ...] = ("attention", "papa", *PATTERNED, *CHOOSING, *STA
 ENCODER_ONLY: tuple[Kind, ...] = CHOOSING
 """The kinds whose result for a token depends on later ones: no decoder takes them."""
 
-NORMALIZED: tuple[Kind, ...] = (
-    "attention",
-    "window",
-    "strided",
-    "fixed",
-    "dilated",
-    "longformer",
-    "bigbird",
-    "etc",
-)
+NORMALIZED: tuple[Kind, ...] = ("attention", *MASKED)
 """The kinds that take any normaliser; the others put parts together that soft-max weighs."""
 
-DECODER_ONLY: tuple[Kind, ...] = (
-    "transformer_xl",
-    "compressive",
-    "infinity",
-    "retention",
-    "state_space",
-)
+DECODER_ONLY: tuple[Kind, ...] = (*SEGMENTED, "retention", "state_space")
 """The kinds that only ever look back: in an encoder, a token would not know what follows it."""
+
+UNTIMED: tuple[Kind, ...] = ()
+"""The kinds to which positions only say what is padding: each token is one step after the last."""
 
 DECODER_KINDS: tuple[Kind, ...] = tuple(k for k in get_args(Kind) if k not in ENCODER_ONLY)
 ENCODER_KINDS: tuple[Kind, ...] = tuple(k for k in get_args(Kind) if k not in DECODER_ONLY)

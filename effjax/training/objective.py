@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from effjax.data.batch import Batch
 from effjax.errors import ConfigError
-from effjax.models.configs import DecoderConfig, EncoderConfig
+from effjax.models.configs import DecoderConfig, EncoderConfig, StackConfig
 from effjax.models.decoder import decoder
 from effjax.models.encoder import encoder
 from effjax.models.stack import Remat
@@ -38,7 +38,7 @@ Objective: TypeAlias = Callable[[Tree, Batch, Totals, jax.Array | None], tuple[j
 def language_model_objective(
     config: DecoderConfig | EncoderConfig, *, remat: Remat | None = None
 ) -> Objective:
-    """Mean nats per predicted token, plus the router losses where layers have routers.
+    """Mean nats per predicted token, plus the losses of mixers and networks that have their own.
 
     A decoder predicts next tokens, an encoder masked ones: the batch's targets are of either kind.
 
@@ -71,12 +71,7 @@ def language_model_objective(
         nats, _ = causal_lm(logits, batch.targets)
         metrics = {"nats": nats / totals.targets}
         loss = metrics["nats"]
-        for owner, name, weight in (
-            ("router", "balance", config.switch.balance_weight),
-            ("router", "z", config.switch.z_weight),
-            ("compression", "reconstruction", config.compressive.reconstruction_weight),
-            ("long_memory", "kl", config.infinity.kl_weight),
-        ):
+        for owner, name, weight in own_losses(config):
             if found := collect(aux, owner):
                 layers = jnp.concatenate([sums[name] for sums in found])
                 metrics[f"{owner}_{name}"] = layers.mean() / totals.live
@@ -84,6 +79,18 @@ def language_model_objective(
         return loss, metrics
 
     return objective
+
+
+def own_losses(config: StackConfig) -> tuple[tuple[str, str, float], ...]:
+    """Losses that layers leave in `aux` as sums over live tokens: their owner, name and weight."""
+    return (
+        ("router", "balance", config.switch.balance_weight),
+        ("router", "z", config.switch.z_weight),
+        ("compression", "reconstruction", config.compressive.reconstruction_weight),
+        ("long_memory", "kl", config.infinity.kl_weight),
+        ("hash", "loss", config.learned_hash.loss_weight),
+        ("routing", "commitment", config.routing.commitment_weight),
+    )
 
 
 def collect(aux: Tree, name: str) -> list[Any]:

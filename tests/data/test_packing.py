@@ -230,3 +230,18 @@ def test_packing_is_many_times_faster_than_a_list_chain():
             times.append(time.process_time() - start)
         ratios.append(times[0] / times[1])
     assert np.median(ratios) > 8, ratios
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_whole_rows_are_pieces_of_one_document_with_the_id_after_each(length):
+    documents = numbered([7, 1, 4, 6])
+    stream, edges = np.concatenate(documents), np.cumsum([len(d) for d in documents])
+    wanted = [
+        stream[at : at + length + 1]
+        for at in range(0, len(stream) - length, length)
+        if not any(at < edge < at + length + 1 for edge in edges)
+    ]
+    assert 1 < len(wanted) < len(stream) // length
+    packed = pack(documents, length)
+    np.testing.assert_array_equal(packed.whole_rows(), wanted)
+    np.testing.assert_array_equal(packed.whole_rows(1), wanted[:1])

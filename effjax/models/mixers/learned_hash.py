@@ -11,26 +11,21 @@ from effjax.models.context import Context
 from effjax.models.kinds import Kind
 from effjax.models.layers import Dense
 from effjax.models.mixers.attention import Attention
-from effjax.models.mixers.gathered import refuse_state, to_heads
+from effjax.models.mixers.gathered import PairByPair, WholeRows, to_heads
 from effjax.ops.accounting import Flops
-from effjax.ops.attention.accounting import exact_flops
 from effjax.ops.attention.buckets import (
-    bucket_attention,
-    bucket_flops,
     empty_bucket_cache,
-    read_bucket_cache,
-    write_bucket_cache,
 )
 from effjax.ops.attention.learned_hash import hash_attention, hash_flops, hash_loss
 
 
-class LearnedHashAttention(Attention):
+class LearnedHashAttention(WholeRows, Attention):
     """Attention's own parameters, read in buckets that two networks of each head choose.
 
     The networks see queries and keys before positions rotate them, and learn from a loss of their
     own: with a key (training) `aux["hash"]` holds `loss`, nats summed over live tokens and meant
-    over heads, and `live`, how many. A training loop adds `loss / live` to its own loss
-    (`effjax.training.objective` does not). Attention gives the networks no gradient.
+    over heads, and `live`, how many; `effjax.training.objective` adds it, weighed. Attention gives
+    the networks no gradient.
 
     Buckets hold the tokens that fit them best, whichever come later: for encoders.
 
@@ -39,8 +34,7 @@ class LearnedHashAttention(Attention):
     """
 
     kind: ClassVar[Kind] = "learned_hash"
-    causality: ClassVar[str] = "none"
-    decodes: ClassVar[bool] = False
+    stable: ClassVar[Kind | None] = "learned_hash_stable"
 
     def __init__(self, config: StackConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
@@ -54,12 +48,6 @@ class LearnedHashAttention(Attention):
         self.q_down = Dense(down, hidden, buckets, rngs, batch=each)
         self.k_up = Dense(up, head, hidden, rngs, batch=each)
         self.k_down = Dense(down, hidden, buckets, rngs, batch=each)
-
-    def init_state(
-        self, batch: int, max_length: int, piece: int, dtype: Any, memory: Any = None
-    ) -> Any:
-        """Raises ConfigError: there is none."""
-        refuse_state(self.kind, "learned_hash_stable")
 
     def __call__(
         self, x: jax.Array, context: Context, state: Any = None
@@ -106,23 +94,13 @@ class LearnedHashAttention(Attention):
         return {"hash": {"loss": hash_loss(q, k, *logits, reads), "live": live.sum()}}
 
     @classmethod
-    def exact_flops(cls, config: StackConfig, T: int) -> Flops:
-        """Model FLOPs of what mixes the tokens of one row: of all pairs in the buckets."""
-        return cls.program_flops(config, 1, T, aligned=True)
-
-    @classmethod
     def program_flops(cls, config: StackConfig, B: int, T: int, aligned: bool) -> Flops:
         """FLOPs of the same as written, over B rows; without those of the networks' loss."""
         N, H, own = config.attention.heads, config.head_dim("attention"), config.learned_hash
         return hash_flops(B, T, N, H, own.buckets, width=own.width, aligned=aligned)
 
-    @classmethod
-    def step_flops(cls, config: StackConfig, context: int) -> int:
-        """Raises ConfigError: no token is generated."""
-        refuse_state(cls.kind, "learned_hash_stable")
 
-
-class StableLearnedHashAttention(LearnedHashAttention):
+class StableLearnedHashAttention(PairByPair, LearnedHashAttention):
     """The same without a bound on buckets: a query reads all keys of its bucket, and itself.
 
     Each pair is decided on its own (`effjax.ops.attention.buckets`), in a decoder for earlier
@@ -130,8 +108,6 @@ class StableLearnedHashAttention(LearnedHashAttention):
     """
 
     kind: ClassVar[Kind] = "learned_hash_stable"
-    causality: ClassVar[str] = "exact"
-    decodes: ClassVar[bool] = True
 
     def init_state(
         self, batch: int, max_length: int, piece: int, dtype: Any, memory: Any = None
@@ -143,46 +119,11 @@ class StableLearnedHashAttention(LearnedHashAttention):
     def __call__(
         self, x: jax.Array, context: Context, state: Any = None
     ) -> tuple[jax.Array, Any, dict[str, Any]]:
-        positions, segments = context.positions, context.segments
         q, k, v = self.heads(context.clear(x))
         logits = self.logits(q, k)
-        q_codes, k_codes = (
-            part.argmax(axis=-1).astype(jnp.int32).swapaxes(1, 2)[:, :, None] for part in logits
+        codes = [x.argmax(axis=-1).astype(jnp.int32).swapaxes(1, 2)[:, :, None] for x in logits]
+        turned = (self.position.rotate(part, context.positions) for part in (q, k))
+        y, new = self.in_buckets(
+            (*turned, v), tuple(codes), context, state, bias=self.position.bias()
         )
-        q, k, plain = *(self.position.rotate(part, positions) for part in (q, k)), (q, k)
-        bias = self.position.bias()
-        if state is None:
-            y = bucket_attention(
-                q,
-                k,
-                v,
-                q_codes,
-                k_codes,
-                q_positions=positions,
-                k_positions=positions,
-                q_segments=segments,
-                k_segments=segments,
-                causal=self.causal,
-                bias=bias,
-            )
-            return self.o(y), None, self.taught(*plain, logits, context)
-        state = write_bucket_cache(state, k, v, k_codes, positions, segments)
-        y = read_bucket_cache(state, q, q_codes, positions=positions, segments=segments, bias=bias)
-        return self.o(y), state, {}
-
-    @classmethod
-    def exact_flops(cls, config: StackConfig, T: int) -> Flops:
-        """Model FLOPs of one row if all tokens share a bucket, which is the most it asks for."""
-        N, H = config.attention.heads, config.head_dim("attention")
-        return exact_flops(config.pattern_of(cls.kind), 1, T, T, N, H)
-
-    @classmethod
-    def program_flops(cls, config: StackConfig, B: int, T: int, aligned: bool) -> Flops:
-        """FLOPs of the same as written, over B rows; without those of the networks' loss."""
-        return bucket_flops(B, T, T, config.attention.heads, config.head_dim("attention"))
-
-    @classmethod
-    def step_flops(cls, config: StackConfig, context: int) -> int:
-        """FLOPs as written of a generated token after a context of so many."""
-        N, H = config.attention.heads, config.head_dim("attention")
-        return bucket_flops(1, 1, context, N, H).forward
+        return self.o(y), new, {} if state is not None else self.taught(q, k, logits, context)

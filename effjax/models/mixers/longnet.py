@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 import jax
 from flax import nnx
 
-from effjax.errors import ConfigError
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
 from effjax.models.kinds import Kind
@@ -32,11 +31,6 @@ class LongNetAttention(Attention):
 
     def __init__(self, config: StackConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
-        if self.position.tables() is not None:
-            raise ConfigError(
-                "longnet does not compose with the position scheme "
-                f"{config.position.scheme!r}, whose tables are added to values"
-            )
         self.own = config.longnet
         self.within = _within(config)
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from effjax.errors import ConfigError
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
 from effjax.models.functional import Constant
@@ -30,9 +29,6 @@ class PapaAttention(Attention):
 
     def __init__(self, config: StackConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
-        if self.position.tables() is not None:
-            scheme = config.position.scheme
-            raise ConfigError(f"papa takes positions that rotate or add to scores, got {scheme!r}")
         heads, length = config.attention.heads, config.papa.length
         table = jnp.zeros((heads, length, length))
         self.table = Constant(table, axes=Axes((), ("heads", "query", "key")))

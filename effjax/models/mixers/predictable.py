@@ -9,12 +9,12 @@ from effjax.models.configs import StackConfig
 from effjax.models.context import Context
 from effjax.models.kinds import Kind
 from effjax.models.mixers.attention import Attention
-from effjax.models.mixers.gathered import refuse_state, to_heads
+from effjax.models.mixers.gathered import WholeRows, to_heads
 from effjax.ops.accounting import Flops
 from effjax.ops.attention.predictable import predictable_attention, predictable_flops
 
 
-class PredictableAttention(Attention):
+class PredictableAttention(WholeRows, Attention):
     """Attention's own parameters, read at the blocks that means, or Fourier filters, foretell.
 
     Predictions are made of whole documents: for encoders. They are made before positions rotate
@@ -25,18 +25,10 @@ class PredictableAttention(Attention):
     """
 
     kind: ClassVar[Kind] = "predictable"
-    causality: ClassVar[str] = "none"
-    decodes: ClassVar[bool] = False
 
     def __init__(self, config: StackConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
         self.section = config.predictable
-
-    def init_state(
-        self, batch: int, max_length: int, piece: int, dtype: Any, memory: Any = None
-    ) -> Any:
-        """Raises ConfigError: there is none."""
-        refuse_state(self.kind)
 
     def __call__(
         self, x: jax.Array, context: Context, state: Any = None
@@ -60,11 +52,6 @@ class PredictableAttention(Attention):
         return self.o(y), state, {}
 
     @classmethod
-    def exact_flops(cls, config: StackConfig, T: int) -> Flops:
-        """Model FLOPs of what mixes the tokens of one row: the prediction, and the blocks kept."""
-        return cls.program_flops(config, 1, T, aligned=True)
-
-    @classmethod
     def program_flops(cls, config: StackConfig, B: int, T: int, aligned: bool) -> Flops:
         """FLOPs of the same as written, over B rows."""
         N, H, own = config.attention.heads, config.head_dim("attention"), config.predictable
@@ -78,8 +65,3 @@ class PredictableAttention(Attention):
             frequencies=own.frequencies,
             aligned=aligned,
         )
-
-    @classmethod
-    def step_flops(cls, config: StackConfig, context: int) -> int:
-        """Raises ConfigError: no token is generated."""
-        refuse_state(cls.kind)

@@ -10,17 +10,12 @@ from effjax.models.context import Context
 from effjax.models.functional import Constant
 from effjax.models.kinds import Kind
 from effjax.models.layers import Dense
-from effjax.models.mixers.gathered import refuse_state, to_heads
+from effjax.models.mixers.gathered import PairByPair, WholeRows, to_heads
 from effjax.models.positions import SCHEMES
 from effjax.ops.accounting import Flops
-from effjax.ops.attention.accounting import exact_flops
 from effjax.ops.attention.buckets import (
     BucketCache,
-    bucket_attention,
-    bucket_flops,
     empty_bucket_cache,
-    read_bucket_cache,
-    write_bucket_cache,
 )
 from effjax.ops.attention.reformer import (
     lsh_codes,
@@ -31,7 +26,7 @@ from effjax.ops.attention.reformer import (
 from effjax.weights import Axes
 
 
-class ReformerAttention(nnx.Module):
+class ReformerAttention(WholeRows, nnx.Module):
     """o(reformer(qk(x), v(x))): queries are keys, of length 1, rotated before they are hashed.
 
     Rotations are drawn once, when the model is built, and are constants; the paper draws them anew
@@ -42,8 +37,7 @@ class ReformerAttention(nnx.Module):
     """
 
     kind: ClassVar[Kind] = "reformer"
-    causality: ClassVar[str] = "none"
-    decodes: ClassVar[bool] = False
+    stable: ClassVar[Kind | None] = "reformer_stable"
 
     def __init__(self, config: StackConfig, rngs: nnx.Rngs):
         own, hashing = config.attention, config.reformer
@@ -60,12 +54,6 @@ class ReformerAttention(nnx.Module):
         self.rotations = Constant(
             jax.random.normal(rngs(), shape), axes=Axes((), ("heads", "head", "rank", "state"))
         )
-
-    def init_state(
-        self, batch: int, max_length: int, piece: int, dtype: Any, memory: Any = None
-    ) -> Any:
-        """Raises ConfigError: there is none."""
-        refuse_state(self.kind, "reformer_stable")
 
     def __call__(
         self, x: jax.Array, context: Context, state: Any = None
@@ -91,11 +79,6 @@ class ReformerAttention(nnx.Module):
         return qk, to_heads(self.v(x), qk.shape[2])
 
     @classmethod
-    def exact_flops(cls, config: StackConfig, T: int) -> Flops:
-        """Model FLOPs of what mixes the tokens of one row: of all pairs in the chunks."""
-        return cls.program_flops(config, 1, T, aligned=True)
-
-    @classmethod
     def program_flops(cls, config: StackConfig, B: int, T: int, aligned: bool) -> Flops:
         """FLOPs of the same as written, over B rows."""
         own, (N, H) = config.reformer, _sizes(config)
@@ -111,13 +94,8 @@ class ReformerAttention(nnx.Module):
             aligned=aligned,
         )
 
-    @classmethod
-    def step_flops(cls, config: StackConfig, context: int) -> int:
-        """Raises ConfigError: no token is generated."""
-        refuse_state(cls.kind, "reformer_stable")
 
-
-class StableReformerAttention(ReformerAttention):
+class StableReformerAttention(PairByPair, ReformerAttention):
     """The same without sorting: a token reads the tokens of its bucket, in a decoder earlier ones.
 
     Each pair is decided on its own (`effjax.ops.attention.buckets`), so that it is exactly causal.
@@ -125,8 +103,6 @@ class StableReformerAttention(ReformerAttention):
     """
 
     kind: ClassVar[Kind] = "reformer_stable"
-    causality: ClassVar[str] = "exact"
-    decodes: ClassVar[bool] = True
 
     def init_state(
         self, batch: int, max_length: int, piece: int, dtype: Any, memory: Any = None
@@ -138,56 +114,25 @@ class StableReformerAttention(ReformerAttention):
     def __call__(
         self, x: jax.Array, context: Context, state: BucketCache | None = None
     ) -> tuple[jax.Array, BucketCache | None, dict[str, jax.Array]]:
-        positions, segments = context.positions, context.segments
         qk, v = self.heads(context.clear(x), context)
-        codes, k = lsh_codes(qk, self.rotations.get_value()), unit_keys(qk)
-        options = {"itself": False, "scale": 1.0, "bias": self.position.bias()}
-        if state is None:
-            y = bucket_attention(
-                qk,
-                k,
-                v,
-                codes,
-                codes,
-                q_positions=positions,
-                k_positions=positions,
-                q_segments=segments,
-                k_segments=segments,
-                causal=self.causal,
-                **options,
-            )
-        else:
-            state = write_bucket_cache(state, k, v, codes, positions, segments)
-            y = read_bucket_cache(
-                state, qk, codes, positions=positions, segments=segments, **options
-            )
+        codes = lsh_codes(qk, self.rotations.get_value())
+        y, state = self.in_buckets(
+            (qk, unit_keys(qk), v),
+            (codes, codes),
+            context,
+            state,
+            bias=self.position.bias(),
+            itself=False,
+            scale=1.0,
+        )
         return self.o(y), state, {}
 
     @classmethod
-    def exact_flops(cls, config: StackConfig, T: int) -> Flops:
-        """Model FLOPs of one row if all tokens hash alike, which is the most it asks for."""
-        N, H = _sizes(config)
-        hashing = 2 * T * N * H * config.reformer.rounds * (config.reformer.buckets // 2)
-        most = exact_flops(config.pattern_of(cls.kind), 1, T, T, N, H)
-        return Flops(most.forward + hashing, most.backward)
-
-    @classmethod
-    def program_flops(cls, config: StackConfig, B: int, T: int, aligned: bool) -> Flops:
-        """FLOPs of the same as written, over B rows."""
-        return _stable_flops(config, B, T, T)
-
-    @classmethod
-    def step_flops(cls, config: StackConfig, context: int) -> int:
-        """FLOPs as written of a generated token after a context of so many."""
-        return _stable_flops(config, 1, 1, context).forward
+    def code_flops(cls, config: StackConfig, tokens: int) -> int:
+        """FLOPs of the rotations by which tokens are hashed."""
+        own, (N, H) = config.reformer, _sizes(config)
+        return 2 * tokens * N * H * own.rounds * (own.buckets // 2)
 
 
 def _sizes(config: StackConfig) -> tuple[int, int]:
     return config.attention.heads, config.head_dim("attention")
-
-
-def _stable_flops(config: StackConfig, B: int, T: int, S: int) -> Flops:
-    N, H = _sizes(config)
-    pairs = bucket_flops(B, T, S, N, H)
-    hashing = 2 * B * T * N * H * config.reformer.rounds * (config.reformer.buckets // 2)
-    return Flops(pairs.forward + hashing, pairs.backward)

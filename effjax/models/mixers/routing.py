@@ -11,15 +11,10 @@ from effjax.models.context import Context
 from effjax.models.functional import Constant
 from effjax.models.kinds import Kind
 from effjax.models.mixers.attention import Attention
-from effjax.models.mixers.gathered import refuse_state, to_heads
+from effjax.models.mixers.gathered import PairByPair, WholeRows, to_heads
 from effjax.ops.accounting import Flops
-from effjax.ops.attention.accounting import exact_flops
 from effjax.ops.attention.buckets import (
-    bucket_attention,
-    bucket_flops,
     empty_bucket_cache,
-    read_bucket_cache,
-    write_bucket_cache,
 )
 from effjax.ops.attention.routing import (
     Centroids,
@@ -33,14 +28,14 @@ from effjax.ops.attention.routing import (
 from effjax.weights import Axes, Tree
 
 
-class RoutingAttention(Attention):
+class RoutingAttention(WholeRows, Attention):
     """Attention inside clusters of normalised queries and keys.
 
     They are clustered before positions rotate them. Centroids are constants that no gradient moves:
     `aux["centroids"]` holds what they are to be after this batch, and a training loop that trains
     them puts it in place by `with_centroids` after each step (`effjax.training.loop` does not, and
     leaves them as they were drawn). aux["routing"]: sums over the batch's live tokens, `commitment`
-    (a loss that draws tokens to their centroids; the paper weighs it by 1e-4) and `live`.
+    (a loss that draws tokens to their centroids; `effjax.training.objective` adds it) and `live`.
 
     Clusters take the tokens nearest to them, whichever come later: for encoders.
 
@@ -49,8 +44,7 @@ class RoutingAttention(Attention):
     """
 
     kind: ClassVar[Kind] = "routing"
-    causality: ClassVar[str] = "none"
-    decodes: ClassVar[bool] = False
+    stable: ClassVar[Kind | None] = "routing_stable"
 
     def __init__(self, config: StackConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
@@ -60,12 +54,6 @@ class RoutingAttention(Attention):
         drawn = normalize(jax.random.normal(rngs(), (1, *shape)))[0]
         self.means = Constant(drawn, axes=Axes((), ("heads", "state", "head")))
         self.count = Constant(jnp.ones(shape[:2]), axes=Axes((), ("heads", "state")))
-
-    def init_state(
-        self, batch: int, max_length: int, piece: int, dtype: Any, memory: Any = None
-    ) -> Any:
-        """Raises ConfigError: there is none."""
-        refuse_state(self.kind, "routing_stable")
 
     def __call__(
         self, x: jax.Array, context: Context, state: Any = None
@@ -105,23 +93,13 @@ class RoutingAttention(Attention):
         }
 
     @classmethod
-    def exact_flops(cls, config: StackConfig, T: int) -> Flops:
-        """Model FLOPs of what mixes the tokens of one row: of all pairs in the clusters."""
-        return cls.program_flops(config, 1, T, aligned=True)
-
-    @classmethod
     def program_flops(cls, config: StackConfig, B: int, T: int, aligned: bool) -> Flops:
         """FLOPs of the same as written, over B rows; without those of new centroids."""
         N, H, own = config.attention.heads, config.head_dim("attention"), config.routing
         return routing_flops(B, T, N, H, own.clusters, width=own.width, aligned=aligned)
 
-    @classmethod
-    def step_flops(cls, config: StackConfig, context: int) -> int:
-        """Raises ConfigError: no token is generated."""
-        refuse_state(cls.kind, "routing_stable")
 
-
-class StableRoutingAttention(RoutingAttention):
+class StableRoutingAttention(PairByPair, RoutingAttention):
     """The same without a choice among tokens: a token reads those whose cluster is its own.
 
     Each pair is decided on its own (`effjax.ops.attention.buckets`), in a decoder for earlier
@@ -129,8 +107,6 @@ class StableRoutingAttention(RoutingAttention):
     """
 
     kind: ClassVar[Kind] = "routing_stable"
-    causality: ClassVar[str] = "exact"
-    decodes: ClassVar[bool] = True
 
     def init_state(
         self, batch: int, max_length: int, piece: int, dtype: Any, memory: Any = None
@@ -142,50 +118,21 @@ class StableRoutingAttention(RoutingAttention):
     def __call__(
         self, x: jax.Array, context: Context, state: Any = None
     ) -> tuple[jax.Array, Any, dict[str, Any]]:
-        positions, segments = context.positions, context.segments
         q, k, v = self.heads(context.clear(x))
-        q_codes, k_codes = (self.codes(part) for part in (q, k))
-        q, k, plain = *(self.position.rotate(part, positions) for part in (q, k)), (q, k)
-        bias = self.position.bias()
-        if state is None:
-            y = bucket_attention(
-                q,
-                k,
-                v,
-                q_codes,
-                k_codes,
-                q_positions=positions,
-                k_positions=positions,
-                q_segments=segments,
-                k_segments=segments,
-                causal=self.causal,
-                bias=bias,
-            )
-            return self.o(y), None, self.followed(*plain, context)
-        state = write_bucket_cache(state, k, v, k_codes, positions, segments)
-        y = read_bucket_cache(state, q, q_codes, positions=positions, segments=segments, bias=bias)
-        return self.o(y), state, {}
+        turned = (self.position.rotate(part, context.positions) for part in (q, k))
+        codes = self.codes(q), self.codes(k)
+        y, new = self.in_buckets((*turned, v), codes, context, state, bias=self.position.bias())
+        return self.o(y), new, {} if state is not None else self.followed(q, k, context)
 
     def codes(self, x: jax.Array) -> jax.Array:
         """The nearest cluster of every token: [B N 1 T]."""
         return similarities(x, self.means.get_value()).argmax(axis=2, keepdims=True).astype("int32")
 
     @classmethod
-    def exact_flops(cls, config: StackConfig, T: int) -> Flops:
-        """Model FLOPs of one row if all tokens share a cluster, which is the most it asks for."""
+    def code_flops(cls, config: StackConfig, tokens: int) -> int:
+        """FLOPs of giving queries and keys their nearest clusters."""
         N, H = config.attention.heads, config.head_dim("attention")
-        most = exact_flops(config.pattern_of(cls.kind), 1, T, T, N, H)
-        return Flops(most.forward + 4 * T * N * H * config.routing.clusters, most.backward)
-
-    @classmethod
-    def program_flops(cls, config: StackConfig, B: int, T: int, aligned: bool) -> Flops:
-        """FLOPs of the same as written, over B rows; without those of new centroids."""
-        return _stable_flops(config, B, T, T)
-
-    @classmethod
-    def step_flops(cls, config: StackConfig, context: int) -> int:
-        """FLOPs as written of a generated token after a context of so many."""
-        return _stable_flops(config, 1, 1, context).forward
+        return 4 * tokens * N * H * config.routing.clusters
 
 
 def with_centroids(params: Tree, aux: Tree) -> Tree:
@@ -198,9 +145,3 @@ def with_centroids(params: Tree, aux: Tree) -> Tree:
                 mixer = {**unit["mixer"], **own["centroids"]}
                 runs[run] = {**runs[run], block: {**unit, "mixer": mixer}}
     return {**params, "stack": {**params["stack"], "runs": runs}}
-
-
-def _stable_flops(config: StackConfig, B: int, T: int, S: int) -> Flops:
-    N, H = config.attention.heads, config.head_dim("attention")
-    pairs = bucket_flops(B, T, S, N, H)
-    return Flops(pairs.forward + 4 * B * T * N * H * config.routing.clusters, pairs.backward)

@@ -10,13 +10,13 @@ from effjax.models.context import Context
 from effjax.models.functional import Constant
 from effjax.models.kinds import Kind
 from effjax.models.mixers.attention import Attention
-from effjax.models.mixers.gathered import refuse_state, to_heads
+from effjax.models.mixers.gathered import WholeRows, to_heads
 from effjax.ops.accounting import Flops
 from effjax.ops.attention.smyrf import smyrf_attention, smyrf_flops
 from effjax.weights import Axes
 
 
-class SmyrfAttention(Attention):
+class SmyrfAttention(WholeRows, Attention):
     """Attention's own parameters, read within clusters: it may take the place of trained attention.
 
     Projections are drawn once, when the model is built, and are constants; the paper draws them
@@ -26,8 +26,6 @@ class SmyrfAttention(Attention):
     """
 
     kind: ClassVar[Kind] = "smyrf"
-    causality: ClassVar[str] = "none"
-    decodes: ClassVar[bool] = False
 
     def __init__(self, config: StackConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
@@ -36,12 +34,6 @@ class SmyrfAttention(Attention):
         self.projections = Constant(
             jax.random.normal(rngs(), shape), axes=Axes((), ("heads", "state", "rank"))
         )
-
-    def init_state(
-        self, batch: int, max_length: int, piece: int, dtype: Any, memory: Any = None
-    ) -> Any:
-        """Raises ConfigError: there is none."""
-        refuse_state(self.kind)
 
     def __call__(
         self, x: jax.Array, context: Context, state: Any = None
@@ -62,17 +54,7 @@ class SmyrfAttention(Attention):
         return self.o(y), state, {}
 
     @classmethod
-    def exact_flops(cls, config: StackConfig, T: int) -> Flops:
-        """Model FLOPs of what mixes the tokens of one row: of all pairs in the clusters."""
-        return cls.program_flops(config, 1, T, aligned=True)
-
-    @classmethod
     def program_flops(cls, config: StackConfig, B: int, T: int, aligned: bool) -> Flops:
         """FLOPs of the same as written, over B rows."""
         N, H, own = config.attention.heads, config.head_dim("attention"), config.smyrf
         return smyrf_flops(B, T, N, H, own.rounds, size=own.size, aligned=aligned)
-
-    @classmethod
-    def step_flops(cls, config: StackConfig, context: int) -> int:
-        """Raises ConfigError: no token is generated."""
-        refuse_state(cls.kind)

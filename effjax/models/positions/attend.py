@@ -6,7 +6,7 @@ import jax
 
 from effjax.errors import ConfigError
 from effjax.ops.attention.bias import Bias
-from effjax.ops.attention.cache import Cache
+from effjax.ops.attention.cache import Cache, keys_values
 from effjax.ops.attention.engine import attention
 from effjax.ops.attention.relative import relative_attention
 
@@ -60,12 +60,10 @@ def attend_cached(
         raise ConfigError(
             f"position scheme {type(scheme).__name__} reads a Cache, got {type(cache).__name__}"
         )
-    k, v = (x.reshape(q.shape[0], -1, *x.shape[1:]).swapaxes(1, 2) for x in (cache.k, cache.v))
     return attend(
         scheme,
         q,
-        k,
-        v,
+        *keys_values(cache),
         q_positions=positions,
         k_positions=cache.positions,
         q_segments=segments,

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from effjax.ops.accounting import Flops
 from effjax.ops.attention.bias import Bias
-from effjax.ops.attention.cache import Cache, empty_cache, write_cache
+from effjax.ops.attention.cache import Cache, empty_cache, keys_values, next_slots, write_cache
 from effjax.ops.attention.gathered import attend
 from effjax.ops.attention.layout import clear
 
@@ -97,10 +97,7 @@ def write_bucket_cache(
 
     Source: as `cache.write_cache`, in whose slots the codes stand.
     """
-    capacity = state.codes.shape[-1]
-    live = positions >= 0
-    number = state.cache.count[:, None] + jnp.cumsum(live, axis=1) - 1
-    slot = jnp.where(live, number % capacity, capacity)  # past the end: dropped by the scatter
+    slot = next_slots(state.cache, positions)
 
     def put(old: Array, slot: Array, new: Array) -> Array:
         return old.at[..., slot].set(new, mode="drop")
@@ -125,11 +122,9 @@ def read_bucket_cache(
     Source: as `bucket_attention`.
     """
     held: Cache = state.cache
-    k, v = (x.reshape(q.shape[0], -1, *x.shape[1:]).swapaxes(1, 2) for x in (held.k, held.v))
     return bucket_attention(
         q,
-        k,
-        v,
+        *keys_values(held),
         codes,
         state.codes,
         q_positions=positions,

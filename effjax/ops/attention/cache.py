@@ -66,13 +66,7 @@ def write_cache(
     """
     if k.shape[1] > cache.piece:
         raise ValueError(f"a piece may have at most {cache.piece} tokens, got {k.shape[1]}")
-    capacity = cache.positions.shape[1]
-    live = positions >= 0
-    number = cache.count[:, None] + jnp.cumsum(live, axis=1) - 1
-    count = cache.count + live.sum(axis=1)
-    lasting = live & (number >= count[:, None] - capacity)
-    slot = jnp.where(lasting, number % capacity, capacity)  # past the end: dropped by the scatter
-
+    slot = next_slots(cache, positions)
     heads = jnp.repeat(slot, k.shape[2], axis=0)
 
     def put(old: jax.Array, at: jax.Array, new: jax.Array) -> jax.Array:
@@ -84,9 +78,34 @@ def write_cache(
         put(cache.v, heads, _rows(v)),
         put(cache.positions, slot, positions),
         put(cache.segments, slot, segments),
-        count.astype(jnp.int32),
+        (cache.count + (positions >= 0).sum(axis=1)).astype(jnp.int32),
         cache.piece,
     )
+
+
+def next_slots(cache: Cache, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Where a piece's tokens go: the number of slots for what is padding or is overwritten at once.
+
+    A scatter drops what lies past the end.
+
+    Source: as `write_cache`.
+    """
+    capacity = cache.positions.shape[1]
+    live = positions >= 0
+    number = cache.count[:, None] + jnp.cumsum(live, axis=1) - 1
+    count = cache.count + live.sum(axis=1)
+    lasting = live & (number >= count[:, None] - capacity)
+    return jnp.where(lasting, number % capacity, capacity)
+
+
+def keys_values(cache: Cache) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """What a cache holds, as attention takes it; a view of the slots where they lie.
+
+    Source: our own layout, as `Cache`.
+    """
+    rows = cache.positions.shape[0]
+    k, v = (x.reshape(rows, -1, *x.shape[1:]).swapaxes(1, 2) for x in (cache.k, cache.v))
+    return k, v
 
 
 def _rows(x: jax.Array) -> jax.Array:
@@ -111,11 +130,9 @@ def read_cache(
     Source: as `naive_attention`; Vaswani et al. 2017, section 3.2.1,
     https://arxiv.org/abs/1706.03762
     """
-    k, v = (x.reshape(q.shape[0], -1, *x.shape[1:]).swapaxes(1, 2) for x in (cache.k, cache.v))
     return attention(
         q,
-        k,
-        v,
+        *keys_values(cache),
         pattern=pattern,
         q_positions=positions,
         k_positions=cache.positions,

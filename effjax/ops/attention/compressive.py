@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from effjax.config import require_divides, require_finite, require_positive
 from effjax.errors import ConfigError
 from effjax.ops.attention.bias import Bias
-from effjax.ops.attention.cache import Cache
+from effjax.ops.attention.cache import Cache, keys_values
 from effjax.ops.attention.compact import live_first, permute
 from effjax.ops.attention.engine import attention, attention_parts
 from effjax.ops.attention.layout import pad_time
@@ -222,11 +222,9 @@ def cache_parts(
 
     Source: as `read_cache`.
     """
-    k, v = (x.reshape(q.shape[0], -1, *x.shape[1:]).swapaxes(1, 2) for x in (cache.k, cache.v))
     return attention_parts(
         q,
-        k,
-        v,
+        *keys_values(cache),
         pattern=pattern,
         q_positions=positions,
         k_positions=cache.positions,

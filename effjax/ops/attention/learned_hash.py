@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from effjax.config import require_positive, require_types
+from effjax.config import require_finite, require_positive, require_types
 from effjax.ops.accounting import Flops
 from effjax.ops.attention.bias import Bias
 from effjax.ops.attention.gathered import listed_attention, listed_flops, rows_of
@@ -17,7 +17,9 @@ from effjax.ops.attention.layout import clear, dot, wide
 class LearnedHash:
     """Learned buckets: so many, the `width` tokens that each holds, `hidden` units of a network.
 
-    Raises ConfigError for numbers that are not positive.
+    loss_weight: of `hash_loss`, which trains the networks and nothing else.
+
+    Raises ConfigError for numbers that are not positive, and a negative weight.
 
     Source: Sun et al. 2022, https://openreview.net/forum?id=VGnOJhd5Q1q; the sizes are ours.
     """
@@ -25,10 +27,12 @@ class LearnedHash:
     buckets: int = 8
     width: int = 64
     hidden: int = 32
+    loss_weight: float = 1.0
 
     def __post_init__(self) -> None:
         require_types(self)
         require_positive(self, "buckets", "width", "hidden")
+        require_finite(self, "loss_weight", low=0.0)
 
 
 def bucket_scores(logits: Float[Array, "B T N C"]) -> Float[Array, "B N C T"]:

@@ -18,7 +18,10 @@ from effjax.ops.attention.layout import wide
 class Routing:
     """Clusters of tokens: so many, the `width` tokens that each takes, the `decay` of its mean.
 
-    Raises ConfigError for numbers that are not positive and a decay outside [0, 1).
+    commitment_weight: of the loss that draws tokens to their centroids, the paper's.
+
+    Raises ConfigError for numbers that are not positive, a decay outside [0, 1) and a negative
+    weight.
 
     Source: Roy et al. 2021, Routing Transformer, section 4.1, https://arxiv.org/abs/2003.05997
     """
@@ -26,11 +29,13 @@ class Routing:
     clusters: int = 8
     width: int = 32
     decay: float = 0.999
+    commitment_weight: float = 1e-4
 
     def __post_init__(self) -> None:
         require_types(self)
         require_positive(self, "clusters", "width")
         require_finite(self, "decay", low=0.0, high=1.0, high_open=True)
+        require_finite(self, "commitment_weight", low=0.0)
 
 
 @jax.tree_util.register_dataclass

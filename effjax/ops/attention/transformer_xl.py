@@ -17,6 +17,7 @@ from effjax.ops.attention.engine import attention_parts
 from effjax.ops.attention.merge import merge_parts
 from effjax.ops.attention.patterns import (
     Causal,
+    Composed,
     Elementwise,
     Pattern,
     block_edges,
@@ -64,7 +65,7 @@ class FromSegment(Pattern):
 
 
 @dataclass(frozen=True)
-class TransformerXL(Pattern):
+class TransformerXL(Composed):
     """A query reads its own segment and the `memory` positions before it.
 
         start = q // length * length;   start - memory <= k < start + length
@@ -106,21 +107,8 @@ class TransformerXL(Pattern):
         """The part that is memory."""
         return FromSegment(self.length, -self.memory, 0)
 
-    @property
-    def _union(self) -> FromSegment:
+    def made_of(self) -> Pattern:
         return FromSegment(self.length, -self.memory, self.length)
-
-    def allowed(self, q_pos: Elementwise, k_pos: Elementwise, head: Elementwise) -> Elementwise:
-        return self._union.allowed(q_pos, k_pos, head)
-
-    def blocks(self, T: int, S: int, size: int, offset: int = 0) -> np.ndarray:
-        return self._union.blocks(T, S, size, offset)
-
-    def whole(self, T: int, S: int, size: int, offset: int = 0) -> np.ndarray:
-        return self._union.whole(T, S, size, offset)
-
-    def span(self) -> int | None:
-        return self._union.span()
 
 
 KeysValues = tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]

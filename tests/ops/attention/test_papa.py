@@ -100,6 +100,5 @@ def test_mean_weights_are_the_mean_of_soft_maxes():
 
 
 def test_positions_with_tables_are_refused():
-    config = replace(CONFIG, position=PositionConfig(scheme="shaw"))
-    with pytest.raises(ConfigError, match="positions that rotate or add to scores, got 'shaw'"):
-        decoder(config)
+    with pytest.raises(ConfigError, match="'shaw' does not go with 'papa'"):
+        replace(CONFIG, position=PositionConfig(scheme="shaw"))

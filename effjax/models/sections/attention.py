@@ -1,6 +1,6 @@
-"""Sections of a model's config that are no op's own pattern: sizes of heads, positions, mixers.
+"""Sections of a model's config about soft-max attention: its heads, positions, probes.
 
-The sections of patterned kinds of attention are the patterns themselves, of `effjax.ops.attention`.
+The sections of patterned kinds are the patterns themselves, of `effjax.ops.attention`.
 """
 
 import math
@@ -121,71 +121,3 @@ class PapaConfig:
     def __post_init__(self) -> None:
         require_types(self)
         require_positive(self, "length")
-
-
-@dataclass(frozen=True)
-class RetentionConfig:
-    """Multi-scale retention.
-
-    head_dim: size of queries and keys (None: width // heads). value_dim: of values (None: the
-    same). chunk: tokens whose products are formed at once; it changes cost, not results.
-    """
-
-    heads: int = 4
-    head_dim: int | None = None
-    value_dim: int | None = None
-    rope_base: float = 10_000.0
-    chunk: int = 64
-
-    def __post_init__(self) -> None:
-        require_types(self)
-        require_positive(self, "heads", "head_dim", "value_dim", "chunk")
-        require_finite(self, "rope_base", low=1.0, low_open=True)
-
-
-@dataclass(frozen=True)
-class StateSpaceConfig:
-    """A diagonal state space (S4D).
-
-    states: complex states per channel. dt_min, dt_max: the range, in tokens to the minus one, that
-    step sizes are drawn from log-uniformly. chunk: as in retention.
-    """
-
-    states: int = 16
-    dt_min: float = 0.001
-    dt_max: float = 0.1
-    chunk: int = 32
-
-    def __post_init__(self) -> None:
-        require_types(self)
-        require_positive(self, "states", "chunk")
-        require_finite(self, "dt_min", low=0.0, low_open=True)
-        if self.dt_max < self.dt_min:
-            raise ConfigError(
-                f"StateSpaceConfig.dt_max must be at least dt_min={self.dt_min:g}, "
-                f"got {self.dt_max:g}"
-            )
-
-
-@dataclass(frozen=True)
-class SwitchConfig:
-    """A Switch mixture of experts: each token goes to one.
-
-    capacity_factor: slots per expert and row in training, as a multiple of an even share.
-    balance_weight, z_weight: weights of the load-balancing and router z losses.
-    jitter: training multiplies the router's input by a factor in [1 - jitter, 1 + jitter].
-    """
-
-    experts: int = 4
-    capacity_factor: float = 1.25
-    balance_weight: float = 0.01
-    z_weight: float = 0.001
-    jitter: float = 0.0
-
-    def __post_init__(self) -> None:
-        require_types(self)
-        require_positive(self, "experts")
-        require_finite(self, "capacity_factor", low=0.0, low_open=True)
-        require_finite(self, "balance_weight", low=0.0)
-        require_finite(self, "z_weight", low=0.0)
-        require_finite(self, "jitter", low=0.0, high=1.0, high_open=True)

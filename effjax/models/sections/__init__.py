@@ -1,0 +1,14 @@
+"""Sections of a model's config that are no op's own pattern, one for each kind that has numbers."""
+
+from effjax.models.sections.attention import AttentionConfig, PapaConfig, PositionConfig
+from effjax.models.sections.mixture import SwitchConfig
+from effjax.models.sections.recurrence import RetentionConfig, StateSpaceConfig
+
+__all__ = [
+    "AttentionConfig",
+    "PapaConfig",
+    "PositionConfig",
+    "RetentionConfig",
+    "StateSpaceConfig",
+    "SwitchConfig",
+]

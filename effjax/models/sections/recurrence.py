@@ -1,0 +1,50 @@
+"""Sections of a model's config about recurrences: sizes of their memories, and their starts."""
+
+from dataclasses import dataclass
+
+from effjax.config import require_finite, require_positive, require_types
+from effjax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RetentionConfig:
+    """Multi-scale retention.
+
+    head_dim: size of queries and keys (None: width // heads). value_dim: of values (None: the
+    same). chunk: tokens whose products are formed at once; it changes cost, not results.
+    """
+
+    heads: int = 4
+    head_dim: int | None = None
+    value_dim: int | None = None
+    rope_base: float = 10_000.0
+    chunk: int = 64
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        require_positive(self, "heads", "head_dim", "value_dim", "chunk")
+        require_finite(self, "rope_base", low=1.0, low_open=True)
+
+
+@dataclass(frozen=True)
+class StateSpaceConfig:
+    """A diagonal state space (S4D).
+
+    states: complex states per channel. dt_min, dt_max: the range, in tokens to the minus one, that
+    step sizes are drawn from log-uniformly. chunk: as in retention.
+    """
+
+    states: int = 16
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    chunk: int = 32
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        require_positive(self, "states", "chunk")
+        require_finite(self, "dt_min", low=0.0, low_open=True)
+        if self.dt_max < self.dt_min:
+            raise ConfigError(
+                f"StateSpaceConfig.dt_max must be at least dt_min={self.dt_min:g}, "
+                f"got {self.dt_max:g}"
+            )
