@@ -121,9 +121,11 @@ class StableLearnedHashAttention(PairByPair, LearnedHashAttention):
     ) -> tuple[jax.Array, Any, dict[str, Any]]:
         q, k, v = self.heads(context.clear(x))
         logits = self.logits(q, k)
-        codes = [x.argmax(axis=-1).astype(jnp.int32).swapaxes(1, 2)[:, :, None] for x in logits]
+        q_codes, k_codes = (
+            x.argmax(axis=-1).astype(jnp.int32).swapaxes(1, 2)[:, :, None] for x in logits
+        )
         turned = (self.position.rotate(part, context.positions) for part in (q, k))
         y, new = self.in_buckets(
-            (*turned, v), tuple(codes), context, state, bias=self.position.bias()
+            (*turned, v), (q_codes, k_codes), context, state, bias=self.position.bias()
         )
         return self.o(y), new, {} if state is not None else self.taught(q, k, logits, context)
