@@ -1,0 +1,276 @@
+"""The gated outer-product recurrence: a matrix memory whose forgetting each token decides.
+
+    S_t = diag(exp(log_gate_t)) S_{t-1} + k_t v_t^T        y_t = q_t S_t
+
+in every head; a document starts from S = 0. A gate is one number a head (Mamba-2, retention) or one
+for each channel of the keys (gated linear attention). `gated_recurrence` is the form to use (chunks,
+all matrix products); `parallel_gated` and `recurrent_gated` in `gated_naive` are what it is tested
+against.
+
+Gates multiply over a stretch of tokens, so that their logarithms add. Dividing one cumulative
+product by another, as the equations ask, overflows; here no sum is ever taken back. With a gate for
+each channel, a chunk is halved again and again: what passes from the first half to the second is
+one product of keys that fade to the middle and queries that fade from it, so that both exponents
+are sums of log gates. With a gate for each head, the decay from token to token is a matrix, and its
+exponents are differences of sums of which the large part is an integer, exact in floating point.
+
+Source: Dao and Gu, "Transformers are SSMs", 2024, section 6, https://arxiv.org/abs/2405.21060, and
+Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2024, section
+4, https://arxiv.org/abs/2312.06635 (which takes two levels, where we halve down to one token).
+Departure: a document's first token forgets all that was before it, whatever its gate.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from effjax.errors import ConfigError
+from effjax.ops.recurrence.bookkeeping import (
+    Timeline,
+    empty_place,
+    place_after,
+    rows_after,
+    timeline,
+)
+
+State = dict[str, Array]
+
+# The logarithm of a gate that lets nothing through: its exp is exactly 0 in float64 too, and sums
+# of it over a chunk are exact in float32.
+SHUT = -1024.0
+
+
+def gated_state(batch: int, heads: int, key_dim: int, value_dim: int) -> State:
+    """Gives the memory of rows that have not seen a token: S = 0 [B N H Hv], position, segment -1.
+
+    Source: Dao and Gu 2024, section 3, https://arxiv.org/abs/2405.21060
+    """
+    position, segment = empty_place(batch)
+    S = jnp.zeros((batch, heads, key_dim, value_dim), jnp.float32)
+    return {"S": S, "position": position, "segment": segment}
+
+
+def gated_recurrence(
+    q: Float[Array, "B T G H"],
+    k: Float[Array, "B T G H"],
+    v: Float[Array, "B T N Hv"],
+    log_gate: Float[Array, "B T N"] | Float[Array, "B T N H"],
+    *,
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    state: State | None = None,
+    chunk: int = 64,
+) -> tuple[Float[Array, "B T N Hv"], State | None]:
+    """Computes S_t = diag(exp(log_gate_t)) S_{t-1} + k_t v_t^T, y_t = q_t S_t in chunks of tokens.
+
+    Inside a chunk by products of queries, keys and values, between chunks by the memory. Each live
+    token is one step, with its own gate; gaps in positions are no time. What a token must not see
+    is exactly zero before it is multiplied. Operands are float32 (float64 for float64 inputs), y
+    has v's dtype. One token (T = 1) is one step, without a chunk.
+
+    Args:
+        q, k: one for each head, or for each group of N / G consecutive heads, which then share the
+            products of keys and the reading and writing of memories.
+        log_gate: at most 0; -inf forgets everything. A gate below exp(-1024) is 0.
+        positions: -1 is padding: nothing of it is read (it may be NaN) and its y is 0.
+        segments: the document of each token; one stretch of a row per document.
+        state: where the rows stand; None starts from nothing and returns no state, which is what
+            training wants. `gated_state` starts from nothing and returns one.
+        chunk: tokens per chunk; any size gives the same values. Gates for each channel take the
+            next power of two.
+
+    Raises:
+        ConfigError: chunk is less than 1.
+        ValueError: the heads of q and k do not divide v's, or log_gate has no or other heads.
+
+    Source: Dao and Gu 2024, section 6, https://arxiv.org/abs/2405.21060; Yang et al. 2024, section
+    4, https://arxiv.org/abs/2312.06635
+    """
+    if chunk < 1:
+        raise ConfigError(f"gated_recurrence: chunk must be at least 1, got {chunk}")
+    B, T, N, Hv = v.shape
+    if N % q.shape[2] or log_gate.shape[2] != N:
+        raise ValueError(
+            f"heads of q and k must divide v's {N} and log_gate must have as many, "
+            f"got {q.shape[2]} and {log_gate.shape[2]}"
+        )
+    dtype = jnp.promote_types(v.dtype, jnp.float32)
+    rows = rows_after(state, positions, segments)
+    time = timeline(rows)
+    q, k, v_ = (_silent(x.astype(dtype), time) for x in (q, k, v))
+    gate = _gates(log_gate.astype(dtype), time)
+    old = jnp.zeros((B, N, q.shape[-1], Hv), dtype) if state is None else state["S"].astype(dtype)
+    if T == 1:
+        y, S = _one(q, k, v_, gate, old)
+    elif gate.ndim == 3:
+        y, S = _by_head(q, k, v_, gate, old, min(chunk, T))
+    else:
+        y, S = _by_channel(q, k, v_, gate, old, power_of_two(min(chunk, T)))
+    y = y.astype(v.dtype)
+    if state is None:
+        return y, None
+    position, segment = place_after(rows)
+    return y, {"S": S.astype(state["S"].dtype), "position": position, "segment": segment}
+
+
+def power_of_two(chunk: int) -> int:
+    """Gives the tokens of a chunk that can be halved down to one, at least `chunk`.
+
+    Source: our own choice.
+    """
+    return 1 << (chunk - 1).bit_length()
+
+
+def _silent(x: Float[Array, "B T ..."], time: Timeline) -> Float[Array, "B T ..."]:
+    """Zero at padding, whatever was there: 0 * NaN is NaN, so a mask must come first."""
+    return jnp.where(time.live.reshape(time.live.shape + (1,) * (x.ndim - 2)), x, 0)
+
+
+def _gates(log_gate: Float[Array, "B T N ..."], time: Timeline) -> Float[Array, "B T N ..."]:
+    """Log gates in [SHUT, 0]: shut where a document begins, open at padding."""
+    live, begins = (
+        x.reshape(x.shape + (1,) * (log_gate.ndim - 2)) for x in (time.live, time.begins)
+    )
+    # A maximum would halve the gradient where both are equal.
+    log_gate = jnp.where(log_gate > SHUT, log_gate, SHUT)
+    return jnp.where(begins, SHUT, jnp.where(live, log_gate, 0))
+
+
+def _one(q: Array, k: Array, v: Array, gate: Array, S: Array) -> tuple[Array, Array]:
+    """One token of each row, as in decoding: outer products by element, one product to read."""
+    B, _, N, Hv = v.shape
+    G, H = q.shape[2:]
+    wide = (B, 1, G, N // G, H)
+    k = jnp.broadcast_to(k[:, :, :, None], wide).reshape(B, N, H, 1)
+    S = jnp.exp(gate.reshape(B, N, -1, 1)) * S + k * v.reshape(B, N, 1, Hv)
+    y = jnp.einsum("bgh,bgrhv->bgrv", q[:, 0], S.reshape(B, G, -1, H, Hv))
+    return y.reshape(B, 1, N, Hv), S
+
+
+def _chunks(x: Float[Array, "B T ..."], chunk: int) -> Float[Array, "B c C ..."]:
+    """Whole chunks of tokens; the last one is filled with zeros, which is padding."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk), *((0, 0),) * (x.ndim - 2)))
+    return x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
+
+
+def _by_head(
+    q: Float[Array, "B T G H"],
+    k: Float[Array, "B T G H"],
+    v: Float[Array, "B T N Hv"],
+    gate: Float[Array, "B T N"],
+    S: Float[Array, "B N H Hv"],
+    chunk: int,
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N H Hv"]]:
+    """One gate a head: scores and memories are products of all heads of a group at once.
+
+    Axes: b rows, c chunks, g groups, r heads of a group, t and s tokens of a chunk.
+    """
+    (B, T, N, Hv), (G, H) = v.shape, q.shape[2:]
+    R = N // G
+    q, k = (_chunks(x, chunk).transpose(0, 1, 3, 2, 4) for x in (q, k))
+    v = _chunks(v, chunk).reshape(B, -1, chunk, G, R, Hv)
+    inside, read, write, keep = _decays(_chunks(gate, chunk), G)
+    scores = jnp.einsum("bcgth,bcgsh->bcgts", q, k)[:, :, :, None] * inside
+    y = jnp.einsum("bcgrts,bcgrsv->bcgrtv", scores, v.transpose(0, 1, 3, 4, 2, 5))
+    faded = v.transpose(0, 1, 3, 2, 4, 5) * write[..., None]
+    faded = faded.reshape(B, -1, G, chunk, R * Hv)
+    written = jnp.einsum("bcgsh,bcgsw->cbghw", k, faded)
+    wide = S.reshape(B, G, R, H, Hv).transpose(0, 1, 3, 2, 4)
+    last, entering = jax.lax.scan(_carry, wide, (keep, written.reshape(-1, *wide.shape)))
+    entering = entering.reshape(-1, B, G, H, R * Hv)
+    old = jnp.einsum("bcgth,cbghw->bcgtw", q, entering).reshape(B, -1, G, chunk, R, Hv)
+    y = y.transpose(0, 1, 4, 2, 3, 5) + (old * read[..., None]).transpose(0, 1, 3, 2, 4, 5)
+    y = y.reshape(B, -1, N, Hv)[:, :T]
+    return y, last.transpose(0, 1, 3, 2, 4).reshape(B, N, H, Hv)
+
+
+def _carry(S: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The memory after a chunk, and the memory that the chunk itself reads."""
+    keep, written = step
+    return keep * S + written, S
+
+
+def _decays(
+    gate: Float[Array, "B c C N"], groups: int
+) -> tuple[
+    Float[Array, "B c G R C C"],
+    Float[Array, "B c G C R"],
+    Float[Array, "B c G C R"],
+    Float[Array, "c B G 1 R 1"],
+]:
+    """The four decays of the chunked form, each already 0 where nothing may pass.
+
+    Token to token inside a chunk; memory before the chunk to token; token to memory after the
+    chunk; memory before to memory after. Integer parts are summed apart: a sum of shut gates is
+    large, and differences of sums of floats would be as wrong as those sums are.
+    """
+    B, c, C, N = gate.shape
+    whole = jnp.ceil(gate)
+
+    def summed(x: Array) -> Array:
+        return jnp.cumsum(x, axis=2).reshape(B, c, C, groups, -1).transpose(0, 1, 3, 4, 2)
+
+    sums = summed(whole), summed(gate - whole)  # bcgrt
+    past = jnp.tril(jnp.ones((C, C), bool))[None, None, None, None]
+    pair = sum(x[..., :, None] - x[..., None, :] for x in sums)
+    inside = jnp.exp(jnp.where(past, pair, SHUT))
+    read = jnp.exp(sum(sums))
+    write = jnp.exp(sum(x[..., -1:] - x for x in sums))
+    keep = read[..., -1].transpose(1, 0, 2, 3)[:, :, :, None, :, None]
+    return inside, read.swapaxes(-1, -2), write.swapaxes(-1, -2), keep
+
+
+def _by_channel(
+    q: Float[Array, "B T G H"],
+    k: Float[Array, "B T G H"],
+    v: Float[Array, "B T N Hv"],
+    gate: Float[Array, "B T N H"],
+    S: Float[Array, "B N H Hv"],
+    chunk: int,
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N H Hv"]]:
+    """A gate for each channel of the keys: heads share nothing, and chunks are halved."""
+    T, N = v.shape[1:3]
+    q, k = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (q, k))
+    q, k, v, gate = (_chunks(x, chunk).transpose(0, 3, 1, 2, 4) for x in (q, k, v, gate))  # bncth
+    y, reach, rest = _halved(q, k, v, gate)
+    written = jnp.einsum("bncsh,bncsv->cbnhv", k * jnp.exp(rest), v)
+    keep = jnp.exp(reach[..., -1, :, None]).transpose(2, 0, 1, 3, 4)
+    S, entering = jax.lax.scan(_carry, S, (keep, written))
+    y = y + jnp.einsum("bncth,cbnhv->bnctv", q * jnp.exp(reach), entering)
+    y = y.transpose(0, 2, 3, 1, 4)
+    return y.reshape(y.shape[0], -1, *y.shape[3:])[:, :T], S
+
+
+def _halved(
+    q: Float[Array, "B N c C H"],
+    k: Float[Array, "B N c C H"],
+    v: Float[Array, "B N c C Hv"],
+    gate: Float[Array, "B N c C H"],
+) -> tuple[Float[Array, "B N c C Hv"], Float[Array, "B N c C H"], Float[Array, "B N c C H"]]:
+    """What tokens of one chunk pass to each other, and log decays to each token and from each.
+
+    From blocks of one token up: two neighbours become one block, and what passes from the first to
+    the second is a product of keys, faded by all gates after them (`rest`), and queries, faded by
+    all gates up to and including their own (`reach`).
+    """
+    y = jnp.sum(q * k, axis=-1, keepdims=True) * v
+    reach, rest, size = gate, jnp.zeros_like(gate), 1
+    while size < gate.shape[-2]:
+
+        def halves(x: Array, size: int = size) -> tuple[Array, Array]:
+            x = x.reshape(*x.shape[:3], -1, 2, size, x.shape[-1])
+            return x[..., 0, :, :], x[..., 1, :, :]
+
+        def joined(first: Array, second: Array) -> Array:
+            x = jnp.stack([first, second], axis=-3)
+            return x.reshape(*x.shape[:3], -1, x.shape[-1])
+
+        (reach_1, reach_2), (rest_1, rest_2) = halves(reach), halves(rest)
+        faded = halves(k)[0] * jnp.exp(rest_1)
+        scores = jnp.einsum("bncmth,bncmsh->bncmts", halves(q)[1] * jnp.exp(reach_2), faded)
+        passed = jnp.einsum("bncmts,bncmsv->bncmtv", scores, halves(v)[0])
+        y = y + joined(jnp.zeros_like(passed), passed)
+        reach = joined(reach_1, reach_1[..., -1:, :] + reach_2)
+        rest = joined(rest_1 + reach_2[..., -1:, :], rest_2)
+        size *= 2
+    return y, reach, rest
