@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 from effjax.ops.recurrence.bookkeeping import Rows, timeline
+from effjax.ops.recurrence.gated import gated_recurrence, gated_state
+from effjax.ops.recurrence.gated_naive import parallel_gated, recurrent_gated
 from effjax.ops.recurrence.layout import lay_out
 from effjax.ops.recurrence.retention import (
     parallel_retention,
@@ -48,6 +50,22 @@ def normal(rng: Any, *shape: int) -> np.ndarray:
     return rng.normal(size=shape).astype(np.float32)
 
 
+def gated_member(groups: int, gates: tuple[int, ...]) -> Member:
+    """Heads of one group share their queries and keys; a gate for each head, or each channel."""
+    return Member(
+        {"parallel": parallel_gated, "recurrent": recurrent_gated, "chunked": gated_recurrence},
+        lambda rng, b, t: {
+            "q": normal(rng, b, t, groups, H),
+            "k": normal(rng, b, t, groups, H),
+            "log_gate": -np.exp(normal(rng, b, t, *gates) - 1),
+            "v": normal(rng, b, t, N, HV),
+        },
+        lambda rng: {},
+        lambda b: gated_state(b, N, H, HV),
+        4 * N * H * HV + 8,
+    )
+
+
 MEMBERS = {
     "retention": Member(
         {
@@ -64,6 +82,8 @@ MEMBERS = {
         lambda b: retention_state(b, N, H, HV),
         4 * N * H * HV + 8,
     ),
+    "gated_heads": gated_member(1, (N,)),
+    "gated_channels": gated_member(N, (N, H)),
     "state_space": Member(
         {
             "parallel": parallel_state_space,

@@ -8,20 +8,65 @@ A chunk changes what a method costs, as a window does, and nothing else.
 """
 
 from effjax.ops.accounting import Flops
+from effjax.ops.recurrence.gated import power_of_two
 from effjax.ops.recurrence.layout import spare_chunks
 
 
 def retention_flops(B: int, T: int, N: int, H: int, Hv: int, chunk: int) -> Flops:
-    """FLOPs of `retention` as written: whole chunks, the last one filled up, masks not spared.
-
-    Per token and head: chunk (H + Hv) multiply-adds inside the chunk (scores, values), 2 H Hv
-    between chunks (writing, reading). Every product has two cotangents.
+    """FLOPs of `retention` as written: those of the recurrence with a gate for each head.
 
     Source: our own count of `retention.py`.
     """
+    return gated_flops(B, T, N, H, Hv, chunk)
+
+
+def gated_flops(
+    B: int, T: int, N: int, H: int, Hv: int, chunk: int, *, groups: int | None = None
+) -> Flops:
+    """FLOPs of `gated_recurrence` with a gate for each head, as written: whole chunks, no masks.
+
+    Per token: chunk H multiply-adds in each of the groups that share keys (scores), and in each
+    head chunk Hv inside the chunk (values) and 2 H Hv between chunks (writing, reading). Every
+    product has two cotangents. One token reads the memory; it is written by element.
+
+    Source: our own count of `gated.py`.
+    """
+    if T == 1:
+        forward = 2 * B * N * H * Hv
+        return Flops(forward, 2 * forward)
     chunk = min(chunk, T)
     tokens = B * -(-T // chunk) * chunk
-    forward = 2 * tokens * N * (chunk * (H + Hv) + 2 * H * Hv)
+    forward = 2 * tokens * ((groups or N) * chunk * H + N * (chunk * Hv + 2 * H * Hv))
+    return Flops(forward, 2 * forward)
+
+
+def gated_channels_flops(B: int, T: int, N: int, H: int, Hv: int, chunk: int) -> Flops:
+    """FLOPs of `gated_recurrence` with a gate for each channel of the keys, as written.
+
+    A chunk of C = 2^n tokens is halved down to one token: (C - 1) / 2 pairs a token meet in
+    products (H + Hv multiply-adds each), a token meets itself by element; 2 H Hv between chunks.
+
+    Source: our own count of `gated.py`.
+    """
+    if T == 1:
+        return gated_flops(B, T, N, H, Hv, chunk)
+    chunk = power_of_two(min(chunk, T))
+    tokens = B * -(-T // chunk) * chunk
+    forward = tokens * N * ((chunk - 1) * (H + Hv) + 4 * H * Hv)
+    return Flops(forward, 2 * forward)
+
+
+def exact_gated_flops(
+    B: int, T: int, N: int, H: int, Hv: int, chunk: int, *, groups: int | None = None
+) -> Flops:
+    """FLOPs of the chunked gated recurrence itself: its mask exact, so half of each chunk.
+
+    Scores are shared by the heads of a group. The same for gates of heads and of channels.
+
+    Source: Dao and Gu 2024, section 6, https://arxiv.org/abs/2405.21060
+    """
+    pairs = _pairs(T, chunk)
+    forward = 2 * B * (pairs * ((groups or N) * H + N * Hv) + 2 * T * N * H * Hv)
     return Flops(forward, 2 * forward)
 
 
@@ -32,16 +77,23 @@ def exact_retention_flops(B: int, T: int, N: int, H: int, Hv: int, chunk: int) -
 
     Source: Sun et al. 2023, equation 7, https://arxiv.org/abs/2307.08621
     """
-    forward = 2 * B * N * (_pairs(T, chunk) * (H + Hv) + 2 * T * H * Hv)
-    return Flops(forward, 2 * forward)
+    return exact_gated_flops(B, T, N, H, Hv, chunk)
+
+
+def gated_state_bytes(B: int, N: int, H: int, Hv: int) -> int:
+    """Bytes of the state: S in float32, position and segment in int32; of any length of text.
+
+    Source: our own count of `gated_state`.
+    """
+    return B * (4 * N * H * Hv + 8)
 
 
 def retention_state_bytes(B: int, N: int, H: int, Hv: int) -> int:
-    """Bytes of the state: S in float32, position and segment in int32; of any length of text.
+    """Bytes of the state: the gated recurrence's.
 
     Source: our own count of `retention_state`.
     """
-    return B * (4 * N * H * Hv + 8)
+    return gated_state_bytes(B, N, H, Hv)
 
 
 def state_space_flops(

@@ -2,10 +2,10 @@
 
     S_t = diag(exp(log_gate_t)) S_{t-1} + k_t v_t^T        y_t = q_t S_t
 
-in every head; a document starts from S = 0. A gate is one number a head (Mamba-2, retention) or one
-for each channel of the keys (gated linear attention). `gated_recurrence` is the form to use (chunks,
-all matrix products); `parallel_gated` and `recurrent_gated` in `gated_naive` are what it is tested
-against.
+in every head; a document starts from S = 0. A gate is one number a head (Mamba-2, retention) or
+one for each channel of the keys (gated linear attention). `gated_recurrence` is the form to use:
+chunks, all matrix products. `parallel_gated` and `recurrent_gated` of `gated_naive` are what it is
+tested against.
 
 Gates multiply over a stretch of tokens, so that their logarithms add. Dividing one cumulative
 product by another, as the equations ask, overflows; here no sum is ever taken back. With a gate for
@@ -204,7 +204,7 @@ def _decays(
     chunk; memory before to memory after. Integer parts are summed apart: a sum of shut gates is
     large, and differences of sums of floats would be as wrong as those sums are.
     """
-    B, c, C, N = gate.shape
+    B, c, C = gate.shape[:3]
     whole = jnp.ceil(gate)
 
     def summed(x: Array) -> Array:

@@ -3,9 +3,9 @@
     S_t = gamma^(p_t - p_{t-1}) S_{t-1} + k_t v_t^T        y_t = q_t S_t
 
 in every head, with p the positions and gamma = exp(log_decay); a document starts from S = 0.
-`retention` is the form to use (chunks, all matrix products), `parallel_retention` and
-`recurrent_retention` are the naive ones that it is tested against. `parallel_retention` is meant
-for reading: O(T^2) memory.
+`retention` is the form to use: the gated recurrence, whose gates here say how much time has passed.
+`parallel_retention` and `recurrent_retention` are the naive forms that it is tested against.
+`parallel_retention` is meant for reading: O(T^2) memory.
 
 This is the bare recurrence. What the paper puts around it lives in the mixer module: the rotation
 (xPos, here RoPE) of q and k by position, the key's scale H^-0.5, the norm of each head's output,
@@ -23,16 +23,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from effjax.errors import ConfigError
-from effjax.ops.recurrence.bookkeeping import (
-    NEVER,
-    Timeline,
-    empty_place,
-    place_after,
-    previous,
-    rows_after,
-    timeline,
-)
+from effjax.ops.recurrence.bookkeeping import NEVER, rows_after, timeline
+from effjax.ops.recurrence.gated import gated_recurrence, gated_state
 
 State = dict[str, Array]
 
@@ -42,9 +34,7 @@ def retention_state(batch: int, heads: int, key_dim: int, value_dim: int) -> Sta
 
     Source: Sun et al. 2023, equation 6, https://arxiv.org/abs/2307.08621
     """
-    position, segment = empty_place(batch)
-    S = jnp.zeros((batch, heads, key_dim, value_dim), jnp.float32)
-    return {"S": S, "position": position, "segment": segment}
+    return gated_state(batch, heads, key_dim, value_dim)
 
 
 def retention(
@@ -62,11 +52,8 @@ def retention(
 
         y_t = sum_{s <= t, same chunk} gamma^(p_t - p_s) (q_t . k_s) v_s + gamma^(p_t - p_c) q_t S_c
 
-    with S_c, p_c the memory and last position before the chunk. Every exponent that is taken is
-    at most 0, and what a token must not see is set to zero before it is multiplied: the future and
-    other documents change nothing, to the last bit. Operands are float32 (float64 for float64
-    inputs), products follow `jax_default_matmul_precision`, y has v's dtype. FLOPs grow as
-    T (chunk + 2 Hv), memory as T (chunk + Hv).
+    with S_c, p_c the memory and last position before the chunk: `gated_recurrence` with the log
+    gate (p_t - p_{t-1}) log gamma. FLOPs grow as T (chunk + 2 Hv), memory as T (chunk + Hv).
 
     Args:
         log_decay: log gamma of each head, at most 0; any trained or constant array.
@@ -81,91 +68,11 @@ def retention(
 
     Source: Sun et al. 2023, equation 7 (chunkwise), https://arxiv.org/abs/2307.08621
     """
-    if chunk < 1:
-        raise ConfigError(f"retention: chunk must be at least 1, got {chunk}")
-    B, T, N, Hv = v.shape
-    chunk = min(chunk, T)
-    dtype = jnp.promote_types(v.dtype, jnp.float32)
-    rows = rows_after(state, positions, segments)
-    time = timeline(rows)
-    rate = jnp.maximum(log_decay.astype(dtype), NEVER)
-    q, k, v_ = (_split(_silent(x.astype(dtype), time), chunk) for x in (q, k, v))
-    S = jnp.zeros((B, N, q.shape[-1], Hv), dtype) if state is None else state["S"].astype(dtype)
-    inside, read, write, keep = _decays(rate, time, rows.before[0], chunk)
-    scores = jnp.einsum("bncth,bncsh->bncts", q, k) * inside
-    y = jnp.einsum("bncts,bncsv->bnctv", scores, v_)
-    written = jnp.einsum("bncsh,bncsv->cbnhv", k * write[..., None], v_)
-    S, entering = jax.lax.scan(_carry, S, (keep, written))
-    y = y + jnp.einsum("bncth,cbnhv->bnctv", q, entering) * read[..., None]
-    y = _join(y, T).astype(v.dtype)
-    if state is None:
-        return y, None
-    position, segment = place_after(rows)
-    return y, {"S": S.astype(state["S"].dtype), "position": position, "segment": segment}
-
-
-def _carry(
-    S: Float[Array, "B N H Hv"],
-    step: tuple[Float[Array, "B N"], Float[Array, "B N H Hv"]],
-) -> tuple[Float[Array, "B N H Hv"], Float[Array, "B N H Hv"]]:
-    """The memory after a chunk, and the memory that the chunk itself reads."""
-    keep, written = step
-    return keep[..., None, None] * S + written, S
-
-
-def _silent(x: Float[Array, "B T ..."], time: Timeline) -> Float[Array, "B T ..."]:
-    """Zero at padding, whatever was there: 0 * NaN is NaN, so a mask must come first."""
-    return jnp.where(time.live.reshape(time.live.shape + (1,) * (x.ndim - 2)), x, 0)
-
-
-def _split(x: Float[Array, "B T N H"], chunk: int) -> Float[Array, "B N c C H"]:
-    """Whole chunks of tokens, heads first; the last chunk is filled with padding."""
-    B, T, N, H = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -T % chunk), (0, 0), (0, 0)))
-    return x.reshape(B, -1, chunk, N, H).transpose(0, 3, 1, 2, 4)
-
-
-def _join(y: Float[Array, "B N c C H"], length: int) -> Float[Array, "B T N H"]:
-    """Undoes `_split`."""
-    B, N, _, _, H = y.shape
-    return y.transpose(0, 2, 3, 1, 4).reshape(B, -1, N, H)[:, :length]
-
-
-def _fade(rate: Float[Array, " N"], gap: Int[Array, "B ..."], seen: Array) -> Array:
-    """gamma^gap where `seen`, else 0, heads on axis 1. The exponent is never positive."""
-    gap = jnp.where(seen, jnp.maximum(gap, 0), 0).astype(rate.dtype)[:, None]
-    return jnp.where(seen[:, None], jnp.exp(rate.reshape((1, -1) + (1,) * (gap.ndim - 2)) * gap), 0)
-
-
-def _decays(
-    rate: Float[Array, " N"], time: Timeline, position: Int[Array, " B"], chunk: int
-) -> tuple[
-    Float[Array, "B N c C C"],
-    Float[Array, "B N c C"],
-    Float[Array, "B N c C"],
-    Float[Array, "c B N"],
-]:
-    """The four decays of the chunked form, each already 0 where nothing may pass.
-
-    Token to token inside a chunk; memory before the chunk to token; token to memory after the
-    chunk; memory before to memory after.
-    """
-    fill = ((0, 0), (0, -time.live.shape[1] % chunk))
-
-    def chunks(x: Array, mode: str) -> Array:
-        return jnp.pad(x, fill, mode=mode).reshape(x.shape[0], -1, chunk)
-
-    live = chunks(time.live, "constant")
-    run, clock = chunks(time.run, "edge"), chunks(time.clock, "edge")
-    end_run, end = run[..., -1], clock[..., -1]
-    start_run, start = previous(end_run, jnp.zeros_like(position)), previous(end, position)
-    past = jnp.tril(jnp.ones((chunk, chunk), bool))[None, None]
-    pair = live[..., :, None] & live[..., None, :] & (run[..., :, None] == run[..., None, :]) & past
-    return (
-        _fade(rate, clock[..., :, None] - clock[..., None, :], pair),
-        _fade(rate, clock - start[..., None], live & (run == start_run[..., None])),
-        _fade(rate, end[..., None] - clock, live & (run == end_run[..., None])),
-        _fade(rate, end - start, start_run == end_run).transpose(2, 0, 1),
+    time = timeline(rows_after(state, positions, segments))
+    rate = jnp.maximum(log_decay.astype(jnp.promote_types(v.dtype, jnp.float32)), NEVER)
+    fade = rate[None, None] * time.elapsed[..., None].astype(rate.dtype)
+    return gated_recurrence(
+        q, k, v, fade, positions=positions, segments=segments, state=state, chunk=chunk
     )
 
 
