@@ -17,8 +17,9 @@ from effjax.weights import Tree
 class Block(nnx.Module):
     """x + mixer(norm(x)), then x + feedforward(norm(x)): the pre-norm residual block.
 
-    With `config.cross`, x + cross(norm(x)) stands between them and reads the memory; the state is
-    then `{"mixer": ..., "cross": ...}`.
+    With `config.cross`, x + cross(norm(x)) stands between them and reads the memory. The state is
+    the mixer's; where the memory or the network has one too, it is a dict of those that there are:
+    `{"mixer": ..., "cross": ..., "feedforward": ...}`.
     """
 
     def __init__(self, kind: str, config: StackConfig, rngs: nnx.Rngs):
@@ -32,22 +33,30 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, context: Context, state: Any = None) -> tuple:
         keys = [fold(context.key, i) for i in range(4)]
-        own, memory = state, None
-        if self.cross is not None and state is not None:
-            own, memory = state["mixer"], state["cross"]
+        own, memory, latest = self._parted(state)
         y, own, aux = self.mixer(self.norm_mixer(x), context.for_layer(keys[0]), own)
         x = x + dropout(y, self.dropout, keys[1])
         if self.cross is not None and self.norm_cross is not None:
             y, memory, _ = self.cross(self.norm_cross(x), context, memory)
             x = x + dropout(y, self.dropout, fold(context.key, 4))
-        y, more = self.feedforward(self.norm_feedforward(x), context.for_layer(keys[2]))
+        inner = context.for_layer(keys[2])
+        y, latest, more = self.feedforward(self.norm_feedforward(x), inner, latest)
         x = x + dropout(y, self.dropout, keys[3])
-        return x, self._state(own, memory), {**aux, **more, "hidden": x}
+        return x, _joined(own, memory, latest), {**aux, **more, "hidden": x}
 
     def init_state(self, *sizes: Any) -> Tree:
-        """The empty state of the mixer, and the keys and values of the memory."""
+        """The empty states of mixer and network, and the keys and values of the memory."""
         memory = None if self.cross is None else self.cross.init_state(*sizes)
-        return self._state(self.mixer.init_state(*sizes), memory)
+        return _joined(self.mixer.init_state(*sizes), memory, self.feedforward.init_state(*sizes))
 
-    def _state(self, own: Tree, memory: Tree) -> Tree:
-        return own if memory is None else {"mixer": own, "cross": memory}
+    def _parted(self, state: Tree) -> tuple[Tree, Tree, Tree]:
+        """The states of the mixer, the memory and the network; undoes `_joined`."""
+        if state is None or not (self.cross is not None or self.feedforward.carries):
+            return state, None, None
+        return state["mixer"], state.get("cross"), state.get("feedforward")
+
+
+def _joined(own: Tree, memory: Tree, latest: Tree) -> Tree:
+    parts = {"cross": memory, "feedforward": latest}
+    known = {name: part for name, part in parts.items() if part is not None}
+    return {"mixer": own, **known} if known else own

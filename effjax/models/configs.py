@@ -16,6 +16,7 @@ from effjax.models.sections import (
     PapaConfig,
     PositionConfig,
     RetentionConfig,
+    RWKVConfig,
     StateSpaceConfig,
     SwitchConfig,
 )
@@ -59,7 +60,7 @@ class StackConfig:
     hidden: int = 512
     layers: int = 4
     pattern: tuple[Kind, ...] = ("attention",)
-    feedforward: Literal["dense", "switch"] = "dense"
+    feedforward: Literal["dense", "switch", "channel_mixing"] = "dense"
     dtype: Literal["float32", "bfloat16"] = "float32"
     dropout: float = 0.0
     cross: bool = False
@@ -84,6 +85,7 @@ class StackConfig:
     predictable: Predictable = field(default_factory=Predictable)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     state_space: StateSpaceConfig = field(default_factory=StateSpaceConfig)
+    rwkv: RWKVConfig = field(default_factory=RWKVConfig)
     switch: SwitchConfig = field(default_factory=SwitchConfig)
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ Kind = Literal[
     "learned_hash_stable",
     "retention",
     "state_space",
+    "rwkv",
 ]
 """A sequence mixer: a name of `models.mixers.MIXERS`."""
 
@@ -95,7 +96,7 @@ ENCODER_ONLY: tuple[Kind, ...] = CHOOSING
 NORMALIZED: tuple[Kind, ...] = ("attention", *MASKED)
 """The kinds that take any normaliser; the others put parts together that soft-max weighs."""
 
-DECODER_ONLY: tuple[Kind, ...] = (*SEGMENTED, "retention", "state_space")
+DECODER_ONLY: tuple[Kind, ...] = (*SEGMENTED, "retention", "state_space", "rwkv")
 """The kinds that only ever look back: in an encoder, a token would not know what follows it."""
 
 UNTIMED: tuple[Kind, ...] = ()

@@ -105,7 +105,7 @@ class Reading(nnx.Module):
         keys = [fold(context.key, i) for i in range(3)]
         y, _, _ = self.cross(self.norm_cross(z), context)
         z = z + dropout(y, self.dropout, keys[0])
-        y, _ = self.feedforward(self.norm_feedforward(z), context.for_layer(keys[1]))
+        y, _, _ = self.feedforward(self.norm_feedforward(z), context.for_layer(keys[1]))
         return z + dropout(y, self.dropout, keys[2])
 
 

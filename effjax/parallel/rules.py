@@ -22,6 +22,7 @@ DEFAULT: Rules = MappingProxyType(
         "heads": ("tensor",),
         "kv_heads": ("tensor",),
         "experts": ("tensor",),
+        "channels": ("tensor",),
         "head": (),
         "value": (),
         "gate": (),

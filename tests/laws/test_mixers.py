@@ -29,7 +29,13 @@ from effjax.models.kinds import ATTENTIONS, DECODER_KINDS, STABLE, UNTIMED, Kind
 from effjax.models.mixers import MIXERS
 from effjax.models.mixers.cross_attention import CrossAttention
 from effjax.models.mixers.gathered import PairByPair, WholeRows
-from effjax.models.sections import AttentionConfig, RetentionConfig, StateSpaceConfig, SwitchConfig
+from effjax.models.sections import (
+    AttentionConfig,
+    RetentionConfig,
+    RWKVConfig,
+    StateSpaceConfig,
+    SwitchConfig,
+)
 from effjax.ops.attention.bigbird import BigBird
 from effjax.ops.attention.compressive import Compressive
 from effjax.ops.attention.etc import ETC
@@ -71,6 +77,7 @@ BASE = DecoderConfig(
     predictable=Predictable(block=3, keep=2, frequencies=3),
     retention=RetentionConfig(heads=2, value_dim=6, chunk=8),
     state_space=StateSpaceConfig(states=4, chunk=8),
+    rwkv=RWKVConfig(chunk=4),
     switch=SwitchConfig(experts=3, capacity_factor=1.0, jitter=0.2),
 )
 FIXED = ("strided", "fixed", "dilated", "longformer", "bigbird", "etc", "longnet")
@@ -95,7 +102,7 @@ def kind(name: str) -> str:
 def claims(name: str) -> np.ndarray:
     """[t s]: which tokens s a mixer or network claims to see at t: of a pattern, what it allows."""
     if name in FEEDFORWARDS:
-        return np.eye(T, dtype=bool)
+        return np.eye(T, dtype=bool) | (name == "channel_mixing") * np.eye(T, k=-1, dtype=bool)
     if name not in (*FIXED, "window"):
         return np.tri(T, dtype=bool)
     heads, t, s = np.ogrid[: BASE.attention.heads, :T, :T]
@@ -502,12 +509,14 @@ def test_the_state_is_as_large_as_its_kind_says(name):
             for k, s in spans.items()
         },
         "switch": (layers * count, layers * slot),
+        "channel_mixing": (layers * (count + token), layers * slot),
         "compressive": (layers * (2 * count + (16 + 6) * slot + 3 * token), 0),
         "infinity": (layers * (count + 12 * slot + 7 * token + 4 * 6 * own.width + place), 0),
         "reformer_stable": (layers * count, layers * (chosen + 4 * 4 * own.reformer.rounds)),
         **dict.fromkeys(STABLE[1:], (layers * count, layers * (chosen + 4 * 4))),
         "retention": (layers * (4 * 2 * 8 * own.retention.value_dim + place), 0),
         "state_space": (layers * (4 * 2 * own.width * own.state_space.states + place), 0),
+        "rwkv": (layers * (4 * 4 * own.width + place), 0),
     }
     assert (fixed, per_token) == closed[name]
 

@@ -24,6 +24,7 @@ from effjax.models.sections import (
     AttentionConfig,
     PositionConfig,
     RetentionConfig,
+    RWKVConfig,
     StateSpaceConfig,
     SwitchConfig,
 )
@@ -39,6 +40,7 @@ CONFIGS = (
     AttentionConfig,
     PositionConfig,
     RetentionConfig,
+    RWKVConfig,
     StateSpaceConfig,
     SwitchConfig,
     DecoderConfig,
@@ -73,6 +75,7 @@ def test_every_number_of_every_config_is_tried():
         AttentionConfig: 4,
         PositionConfig: 11,
         RetentionConfig: 5,
+        RWKVConfig: 1,
         StateSpaceConfig: 4,
         SwitchConfig: 5,
         DecoderConfig: 5,

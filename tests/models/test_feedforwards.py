@@ -33,7 +33,7 @@ def params():
 def run(key=None, x=X, positions=POSITIONS, **options):
     apply = layer(**options).apply
     context = Context(positions, jnp.zeros_like(positions), key=key)
-    y, aux = jax.jit(apply)(params(), x, context)
+    y, _, aux = jax.jit(apply)(params(), x, context)
     return np.asarray(y), jax.tree.map(np.asarray, aux["router"])
 
 

@@ -1,5 +1,7 @@
 """A Switch mixture of experts in place of the dense network."""
 
+from typing import Any, ClassVar
+
 import jax
 from flax import nnx
 
@@ -33,6 +35,8 @@ class Switch(nnx.Module):
     (squared log-partitions), `dropped`, `live`, and `assigned` [E], how many prefer each expert.
     """
 
+    carries: ClassVar[bool] = False
+
     def __init__(self, config: StackConfig, rngs: nnx.Rngs):
         own = config.switch
         self.factor, self.jitter = own.capacity_factor, own.jitter
@@ -42,7 +46,12 @@ class Switch(nnx.Module):
             own.experts, config.width, config.hidden, rngs, gain=config.residual_gain
         )
 
-    def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, dict]:
+    def init_state(self, *sizes: Any) -> None:
+        """None: a token is treated alone."""
+
+    def __call__(
+        self, x: jax.Array, context: Context, state: None = None
+    ) -> tuple[jax.Array, None, dict]:
         live = context.positions >= 0
         logits = router_logits(x, self.router.weight, live, noise=self.jitter, key=context.key)
         length, experts = x.shape[1], logits.shape[-1]
@@ -54,7 +63,7 @@ class Switch(nnx.Module):
         else:
             one = self.experts.one
             y = dropless(x, routing.expert, routing.gate, one, experts, live=live)
-        return y, {"router": _sums(routing, live)}
+        return y, None, {"router": _sums(routing, live)}
 
 
 def _sums(routing: Routing, live: jax.Array) -> dict[str, jax.Array]:

@@ -35,6 +35,7 @@ from effjax.models.mixers.predictable import PredictableAttention
 from effjax.models.mixers.reformer import ReformerAttention, StableReformerAttention
 from effjax.models.mixers.retention import Retention
 from effjax.models.mixers.routing import RoutingAttention, StableRoutingAttention
+from effjax.models.mixers.rwkv import RWKV
 from effjax.models.mixers.smyrf import SmyrfAttention
 from effjax.models.mixers.sparse_transformer import FixedAttention, StridedAttention
 from effjax.models.mixers.state_space import StateSpace
@@ -59,6 +60,7 @@ MIXERS: dict[str, Any] = {
     "retention": Retention,
     "routing": RoutingAttention,
     "routing_stable": StableRoutingAttention,
+    "rwkv": RWKV,
     "smyrf": SmyrfAttention,
     "state_space": StateSpace,
     "strided": StridedAttention,
@@ -68,6 +70,7 @@ MIXERS: dict[str, Any] = {
 
 __all__ = [
     "MIXERS",
+    "RWKV",
     "Attention",
     "BigBirdAttention",
     "CompressiveAttention",

@@ -2,12 +2,13 @@
 
 from effjax.models.sections.attention import AttentionConfig, PapaConfig, PositionConfig
 from effjax.models.sections.mixture import SwitchConfig
-from effjax.models.sections.recurrence import RetentionConfig, StateSpaceConfig
+from effjax.models.sections.recurrence import RetentionConfig, RWKVConfig, StateSpaceConfig
 
 __all__ = [
     "AttentionConfig",
     "PapaConfig",
     "PositionConfig",
+    "RWKVConfig",
     "RetentionConfig",
     "StateSpaceConfig",
     "SwitchConfig",

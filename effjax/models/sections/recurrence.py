@@ -48,3 +48,14 @@ class StateSpaceConfig:
                 f"StateSpaceConfig.dt_max must be at least dt_min={self.dt_min:g}, "
                 f"got {self.dt_max:g}"
             )
+
+
+@dataclass(frozen=True)
+class RWKVConfig:
+    """RWKV-4's time mixing, as wide as the model. chunk: as in retention."""
+
+    chunk: int = 16
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        require_positive(self, "chunk")
