@@ -10,7 +10,7 @@ from flax import nnx
 from effjax.errors import ConfigError
 from effjax.models.configs import DecoderConfig
 from effjax.models.context import Context, Memory
-from effjax.models.functional import Functional, functional
+from effjax.models.functional import Functional, Keys, functional
 from effjax.models.layers import Dense, Embed, Norm
 from effjax.models.positions import SCHEMES
 from effjax.models.positions.absolute import add_positions
@@ -21,7 +21,7 @@ from effjax.weights import Tree
 class Decoder(nnx.Module):
     """A language model over any pattern of mixers; the config says how to build it, no more."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, rngs: Keys):
         self.dtype = jnp.dtype(config.dtype)
         self.embed = Embed(config.vocab, config.width, rngs)
         self.position = SCHEMES[config.position.scheme].embedding(config, rngs)

@@ -9,7 +9,7 @@ from flax import nnx
 from effjax.errors import ConfigError
 from effjax.models.configs import EncoderConfig
 from effjax.models.context import Context, Memory, dropout, fold
-from effjax.models.functional import Functional, functional
+from effjax.models.functional import Functional, Keys, functional
 from effjax.models.layers import Dense, Embed, Norm
 from effjax.models.positions import SCHEMES
 from effjax.models.positions.absolute import add_positions
@@ -26,7 +26,7 @@ class Encoder(nnx.Module):
     embeddings of sentence A and B.
     """
 
-    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs, embed: Embed | None = None):
+    def __init__(self, config: EncoderConfig, rngs: Keys, embed: Embed | None = None):
         self.dtype = jnp.dtype(config.dtype)
         self.embed = Embed(config.vocab, config.width, rngs) if embed is None else embed
         self.position = SCHEMES[config.position.scheme].embedding(config, rngs)
@@ -98,7 +98,7 @@ class MaskedHead(nnx.Module):
     without its biases.
     """
 
-    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, rngs: Keys):
         width = (("embed", config.width),)
         self.transform = Dense("btd,de->bte", width, width, rngs)
         self.norm = Norm(config.width)
@@ -114,7 +114,7 @@ class ClassHead(nnx.Module):
     and `run_classifier.create_model`, without their biases.
     """
 
-    def __init__(self, config: EncoderConfig, classes: int, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, classes: int, rngs: Keys):
         width = (("embed", config.width),)
         self.dropout = config.dropout
         self.pool = Dense("bd,de->be", width, width, rngs)

@@ -3,13 +3,12 @@
 from functools import lru_cache
 
 import jax
-from flax import nnx
 
 from effjax.models.configs import EncoderDecoderConfig
 from effjax.models.context import Memory
 from effjax.models.decoder import Decoder
 from effjax.models.encoder import Encoder
-from effjax.models.functional import Functional, functional
+from effjax.models.functional import Functional, Keys, functional
 from effjax.weights import Tree
 
 
@@ -27,7 +26,7 @@ class EncoderDecoder(Decoder):
     https://arxiv.org/abs/1910.10683 (norms before the branches, one table of embeddings).
     """
 
-    def __init__(self, config: EncoderDecoderConfig, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderDecoderConfig, rngs: Keys):
         super().__init__(config.decoder, rngs)
         self.encoder = Encoder(config.encoder, rngs, self.embed if config.shared else None)
 

@@ -22,8 +22,25 @@ class Functional(NamedTuple):
     axes_of: Callable[[Tree], Tree]
 
 
-def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
-    """Turns `build(rngs) -> module` into `(init, apply, axes_of)` over plain nested dicts.
+class Keys:
+    """A stream of keys: `keys()` gives fold_in(key, 0), fold_in(key, 1), ...
+
+    The same keys as `nnx.Rngs(key)()`, whose count is an array: while a model is traced, each of
+    its keys costs milliseconds.
+    """
+
+    def __init__(self, key: jax.Array):
+        self.key = key
+        self.count = 0
+
+    def __call__(self) -> jax.Array:
+        key = jax.random.fold_in(self.key, self.count)
+        self.count += 1
+        return key
+
+
+def functional(build: Callable[[Keys], nnx.Module]) -> Functional:
+    """Turns `build(keys) -> module` into `(init, apply, axes_of)` over plain nested dicts.
 
     init(key): the parameters. Works under `jit`, `vmap` and `jax.eval_shape`, so that the shapes
         of a model too big for the machine cost nothing.
@@ -36,13 +53,13 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
     batch statistics: state goes through arguments here) or a Param without `axes`. `apply` and
     `axes_of` raise ValueError for params that lack a declared name or have another beside them.
     """
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: build(Keys(jax.random.key(0)))))
     declared = list(nnx.to_flat_state(abstract))
     _refuse_undeclared(declared)
     names = _nest(declared)
 
     def init(key: jax.Array) -> Tree:
-        flat = nnx.to_flat_state(nnx.state(build(nnx.Rngs(key))))
+        flat = nnx.to_flat_state(nnx.state(build(Keys(key))))
         return _nest([(path, variable.get_value()) for path, variable in flat])
 
     def apply(params: Tree, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from effjax.models.functional import Keys
 from effjax.ops.feedforward.gelu import gelu_experts, gelu_feedforward
 from effjax.ops.normalization import rms_norm
 from effjax.weights import AnyWeight, Axes, einsum, take
@@ -34,7 +35,7 @@ class Dense(nnx.Module):
         spec: str,
         inputs: Sizes,
         outputs: Sizes,
-        rngs: nnx.Rngs,
+        rngs: Keys,
         *,
         batch: Sizes = (),
         gain: float = 1.0,
@@ -61,7 +62,7 @@ class Dense(nnx.Module):
 class Embed(nnx.Module):
     """Rows of a table on the way in; the same table transposed as logits on the way out."""
 
-    def __init__(self, vocab: int, width: int, rngs: nnx.Rngs, *, spread: float = 0.02):
+    def __init__(self, vocab: int, width: int, rngs: Keys, *, spread: float = 0.02):
         self.weight = nnx.Param(
             spread * jax.random.normal(rngs(), (vocab, width)),
             axes=Axes(("vocab",), ("embed",), lookup=True),
@@ -88,7 +89,7 @@ class Norm(nnx.Module):
 class Experts(nnx.Module):
     """A feed-forward network per expert: weights [E D F] and [E F D]."""
 
-    def __init__(self, experts: int, width: int, hidden: int, rngs: nnx.Rngs, *, gain: float):
+    def __init__(self, experts: int, width: int, hidden: int, rngs: Keys, *, gain: float):
         one, inner, each = (("embed", width),), (("mlp", hidden),), (("experts", experts),)
         self.up = Dense("ecd,edf->ecf", one, inner, rngs, batch=each)
         self.down = Dense("ecf,efd->ecd", inner, one, rngs, batch=each, gain=gain)

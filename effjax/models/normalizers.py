@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from effjax.models.functional import Keys
 from effjax.models.sections import AttentionConfig
 from effjax.ops.attention.entmax import Entmax
 from effjax.weights import Axes
@@ -14,7 +15,7 @@ from effjax.weights import Axes
 class Softmax(nnx.Module):
     """exp, divided by its sum: no weight is zero."""
 
-    def __init__(self, config: AttentionConfig, rngs: nnx.Rngs):
+    def __init__(self, config: AttentionConfig, rngs: Keys):
         pass
 
     def __call__(self) -> Entmax | None:
@@ -25,7 +26,7 @@ class Softmax(nnx.Module):
 class FixedEntmax(Softmax):
     """alpha-entmax with the config's alpha in every head."""
 
-    def __init__(self, config: AttentionConfig, rngs: nnx.Rngs):
+    def __init__(self, config: AttentionConfig, rngs: Keys):
         self.alpha = config.alpha
 
     def __call__(self) -> Entmax | None:
@@ -42,7 +43,7 @@ class AdaptiveEntmax(Softmax):
     1.01. Ours has no need to: derivatives stay accurate down to 1.
     """
 
-    def __init__(self, config: AttentionConfig, rngs: nnx.Rngs):
+    def __init__(self, config: AttentionConfig, rngs: Keys):
         middle = math.log((config.alpha - 1) / (2 - config.alpha))
         start = middle + jax.random.normal(rngs(), (config.heads,))
         self.bend = nnx.Param(start, axes=Axes((), ("heads",)))

@@ -10,7 +10,7 @@ from effjax.errors import ConfigError
 from effjax.models.configs import PerceiverConfig
 from effjax.models.context import Context, Memory, dropout, fold
 from effjax.models.feedforwards import FEEDFORWARDS
-from effjax.models.functional import Functional, functional
+from effjax.models.functional import Functional, Keys, functional
 from effjax.models.layers import Dense, Embed, Norm
 from effjax.models.mixers.cross_attention import CrossAttention
 from effjax.models.positions import SCHEMES
@@ -38,7 +38,7 @@ class Perceiver(nnx.Module):
     features.
     """
 
-    def __init__(self, config: PerceiverConfig, rngs: nnx.Rngs):
+    def __init__(self, config: PerceiverConfig, rngs: Keys):
         self.dtype = jnp.dtype(config.dtype)
         self.repeats = config.repeats
         self.embed = Embed(config.vocab, config.width, rngs)
@@ -94,7 +94,7 @@ class Perceiver(nnx.Module):
 class Reading(nnx.Module):
     """z + cross(norm(z)), then z + feedforward(norm(z)): a block that has no mixer of its own."""
 
-    def __init__(self, config: PerceiverConfig, rngs: nnx.Rngs):
+    def __init__(self, config: PerceiverConfig, rngs: Keys):
         self.dropout = config.dropout
         self.norm_cross = Norm(config.width)
         self.cross = CrossAttention(config, rngs)

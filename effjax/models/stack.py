@@ -10,7 +10,7 @@ from effjax.errors import ConfigError
 from effjax.models.block import Block
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context, fold
-from effjax.models.functional import RunsAxes, functional
+from effjax.models.functional import Keys, RunsAxes, functional
 from effjax.weights import Tree, paths
 
 Remat: TypeAlias = Literal["full", "dots"]
@@ -20,7 +20,7 @@ Remat: TypeAlias = Literal["full", "dots"]
 class Unit(nnx.Module):
     """One repeat of the pattern: blocks of several kinds in a row, named `kind_index`."""
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         self.names = tuple(f"{kind}_{i:02d}" for i, kind in enumerate(config.pattern))
         for kind, name in zip(config.pattern, self.names, strict=True):
             setattr(self, name, Block(kind, config, rngs))
@@ -47,7 +47,7 @@ class Stack(nnx.Module):
     outputs of the scan, a cache would be copied whole at every token.
     """
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         init, self.apply_unit, axes_of = functional(lambda r: Unit(config, r))
         one = jax.eval_shape(init, jax.random.key(0))
         axes = jax.tree.leaves(axes_of(one))

@@ -13,14 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from effjax.errors import ConfigError
 from effjax.models import positions as schemes
 from effjax.models.configs import DecoderConfig, EncoderConfig
 from effjax.models.context import Context
 from effjax.models.decoder import Decoder, decoder
-from effjax.models.functional import functional
+from effjax.models.functional import Keys, functional
 from effjax.models.kinds import Scheme
 from effjax.models.mixers import Attention
 from effjax.models.positions import SCHEMES, NoPositions
@@ -117,7 +116,7 @@ def parameters(scheme: str):
         position = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
         unit = {**unit, "mixer": {**unit["mixer"], "position": position}}
         params = {**params, "stack": {"runs": {"000": {"window_00": unit}}}}
-    if kind.embedding(own, nnx.Rngs(0)) is not None:
+    if kind.embedding(own, Keys(jax.random.key(0))) is not None:
         table = drawn(lambda rngs: kind.embedding(own, rngs), BASE.layers)
         params = {**params, **({"position": table} if table else {})}
     return params
@@ -190,7 +189,7 @@ def test_every_scheme_is_in_the_table_and_in_the_config():
 def test_what_a_scheme_does_not_go_with_is_refused():
     """Never ignored: kinds without late rotation, tables or draws, and models without embedding."""
     for scheme, call in (("shaw", "bias"), ("dynamic_ntk", "rotate"), ("randomized", "bias")):
-        own = SCHEMES[scheme](config(scheme), nnx.Rngs(0))
+        own = SCHEMES[scheme](config(scheme), Keys(jax.random.key(0)))
         with pytest.raises(ConfigError, match=f"position scheme '{scheme}'"):
             getattr(own, call)(*[None, None] if call == "rotate" else [])
     for scheme in ("sinusoidal", "learned", "randomized"):
@@ -558,12 +557,12 @@ def test_a_rotary_scheme_has_its_own_frequencies_and_gain_from_the_config(scheme
     assert sum(np.array_equal(theta, other) for other, _ in TURNS.values()) == 1
     x = jax.random.normal(jax.random.key(0), (2, T, 1, 8))
     at = jnp.tile(jnp.arange(T)[None], (2, 1))
-    found = SCHEMES[scheme](config(scheme), nnx.Rngs(0)).rotate(x, at)
+    found = SCHEMES[scheme](config(scheme), Keys(jax.random.key(0))).rotate(x, at)
     np.testing.assert_allclose(found, rotate(x, angles(at, theta), gain), atol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "rows"), [(DecoderConfig, 8), (EncoderConfig, 4)])
 def test_t5_keeps_buckets_for_later_keys_only_where_they_are_read(kind, rows):
-    scheme = SCHEMES["t5"](kind(position=config("t5").position), nnx.Rngs(0))
+    scheme = SCHEMES["t5"](kind(position=config("t5").position), Keys(jax.random.key(0)))
     told = scheme.bias()(jnp.asarray([T]), jnp.arange(T + 1), jnp.asarray([0]))
     assert len(np.unique(told)) == rows

@@ -7,6 +7,7 @@ from flax import nnx
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
+from effjax.models.functional import Keys
 from effjax.models.layers import Dense
 from effjax.ops.feedforward.gelu import gelu_feedforward
 
@@ -16,7 +17,7 @@ class DenseFeedForward(nnx.Module):
 
     carries: ClassVar[bool] = False
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         width, hidden = (("embed", config.width),), (("mlp", config.hidden),)
         self.up = Dense("btd,df->btf", width, hidden, rngs)
         self.down = Dense("btf,fd->btd", hidden, width, rngs, gain=config.residual_gain)

@@ -7,6 +7,7 @@ from flax import nnx
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
+from effjax.models.functional import Keys
 from effjax.models.layers import Dense, Experts
 from effjax.ops.mixture.switch import (
     RouterStatistics,
@@ -37,7 +38,7 @@ class Switch(nnx.Module):
 
     carries: ClassVar[bool] = False
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         own = config.switch
         self.factor, self.jitter = own.capacity_factor, own.jitter
         each = (("experts", own.experts),)

@@ -7,6 +7,7 @@ from flax import nnx
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
+from effjax.models.functional import Keys
 from effjax.models.kinds import Kind
 from effjax.models.layers import Dense
 from effjax.models.normalizers import NORMALIZERS
@@ -31,7 +32,7 @@ class Attention(nnx.Module):
     causality: ClassVar[str] = "exact"
     decodes: ClassVar[bool] = True
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         own = config.attention
         self.pattern = config.pattern_of(self.kind)
         self.position = SCHEMES[config.position.scheme](config, rngs)

@@ -3,11 +3,11 @@
 from typing import Any, ClassVar
 
 import jax
-from flax import nnx
 from jax.lax import stop_gradient
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
+from effjax.models.functional import Keys
 from effjax.models.kinds import Kind
 from effjax.models.layers import Dense
 from effjax.models.mixers.transformer_xl import TransformerXLAttention
@@ -48,7 +48,7 @@ class CompressiveAttention(TransformerXLAttention):
 
     kind: ClassVar[Kind] = "compressive"
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         super().__init__(config, rngs)
         self.section: Compressive = config.compressive
         if self.section.compression == "convolution":

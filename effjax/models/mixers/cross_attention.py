@@ -7,6 +7,7 @@ from flax import nnx
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context, Memory
+from effjax.models.functional import Keys
 from effjax.models.layers import Dense
 from effjax.ops.accounting import Flops
 from effjax.ops.attention.accounting import engine_flops, exact_flops
@@ -29,7 +30,7 @@ class CrossAttention(nnx.Module):
     causality: ClassVar[str] = "exact"
     decodes: ClassVar[bool] = True
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         own, head_dim = config.attention, config.head_dim("attention")
         width = (("embed", config.width),)
         queries = (("heads", own.heads), ("head", head_dim))

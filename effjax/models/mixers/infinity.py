@@ -9,6 +9,7 @@ from jax.lax import stop_gradient
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
+from effjax.models.functional import Keys
 from effjax.models.kinds import Kind
 from effjax.models.layers import Dense
 from effjax.models.mixers.transformer_xl import TransformerXLAttention
@@ -43,7 +44,7 @@ class InfinityAttention(TransformerXLAttention):
 
     kind: ClassVar[Kind] = "infinity"
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         super().__init__(config, rngs)
         self.section: Infinity = config.infinity
         basis, heads = self.section.basis, config.attention.heads

@@ -4,10 +4,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
+from effjax.models.functional import Keys
 from effjax.models.kinds import Kind
 from effjax.models.layers import Dense
 from effjax.models.mixers.attention import Attention
@@ -36,7 +36,7 @@ class LearnedHashAttention(WholeRows, Attention):
     kind: ClassVar[Kind] = "learned_hash"
     stable: ClassVar[Kind | None] = "learned_hash_stable"
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         super().__init__(config, rngs)
         own = config.learned_hash
         self.causal, self.width = config.causal, own.width

@@ -3,10 +3,10 @@
 from typing import Any, ClassVar
 
 import jax
-from flax import nnx
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
+from effjax.models.functional import Keys
 from effjax.models.kinds import Kind
 from effjax.models.mixers.attention import Attention
 from effjax.ops.accounting import Flops
@@ -29,7 +29,7 @@ class LongNetAttention(Attention):
 
     kind: ClassVar[Kind] = "longnet"
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         super().__init__(config, rngs)
         self.own = config.longnet
         self.within = _within(config)

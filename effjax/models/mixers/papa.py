@@ -4,11 +4,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
-from effjax.models.functional import Constant
+from effjax.models.functional import Constant, Keys
 from effjax.models.kinds import Kind
 from effjax.models.mixers.attention import Attention
 from effjax.ops.attention.bias import Bias
@@ -27,7 +26,7 @@ class PapaAttention(Attention):
 
     kind: ClassVar[Kind] = "papa"
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         super().__init__(config, rngs)
         heads, length = config.attention.heads, config.papa.length
         table = jnp.zeros((heads, length, length))

@@ -7,7 +7,7 @@ from flax import nnx
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
-from effjax.models.functional import Constant
+from effjax.models.functional import Constant, Keys
 from effjax.models.kinds import Kind
 from effjax.models.layers import Dense
 from effjax.models.mixers.gathered import PairByPair, WholeRows, to_heads
@@ -39,7 +39,7 @@ class ReformerAttention(WholeRows, nnx.Module):
     kind: ClassVar[Kind] = "reformer"
     stable: ClassVar[Kind | None] = "reformer_stable"
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         own, hashing = config.attention, config.reformer
         self.causal, self.chunk, self.look_back = config.causal, hashing.chunk, hashing.look_back
         self.position = SCHEMES[config.position.scheme](config, rngs)

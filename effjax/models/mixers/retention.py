@@ -8,7 +8,7 @@ from flax import nnx
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
-from effjax.models.functional import Constant
+from effjax.models.functional import Constant, Keys
 from effjax.models.layers import Dense
 from effjax.ops.accounting import Flops
 from effjax.ops.normalization import rms_norm
@@ -31,7 +31,7 @@ class Retention(nnx.Module):
     causality: ClassVar[str] = "exact"
     decodes: ClassVar[bool] = True
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         own = config.retention
         heads, key_dim, value_dim = _sizes(config)
         self.base, self.chunk = own.rope_base, own.chunk

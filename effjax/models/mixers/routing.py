@@ -4,11 +4,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
-from effjax.models.functional import Constant
+from effjax.models.functional import Constant, Keys
 from effjax.models.kinds import Kind
 from effjax.models.mixers.attention import Attention
 from effjax.models.mixers.gathered import PairByPair, WholeRows, to_heads
@@ -46,7 +45,7 @@ class RoutingAttention(WholeRows, Attention):
     kind: ClassVar[Kind] = "routing"
     stable: ClassVar[Kind | None] = "routing_stable"
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         super().__init__(config, rngs)
         own, heads = config.routing, config.attention.heads
         self.causal, self.width, self.decay = config.causal, own.width, own.decay

@@ -3,11 +3,10 @@
 from typing import Any, ClassVar
 
 import jax
-from flax import nnx
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
-from effjax.models.functional import Constant
+from effjax.models.functional import Constant, Keys
 from effjax.models.kinds import Kind
 from effjax.models.mixers.attention import Attention
 from effjax.models.mixers.gathered import WholeRows, to_heads
@@ -27,7 +26,7 @@ class SmyrfAttention(WholeRows, Attention):
 
     kind: ClassVar[Kind] = "smyrf"
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         super().__init__(config, rngs)
         self.size = config.smyrf.size
         shape = (config.attention.heads, config.head_dim("attention") + 2, config.smyrf.rounds)

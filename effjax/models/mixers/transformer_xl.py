@@ -7,6 +7,7 @@ from flax import nnx
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
+from effjax.models.functional import Keys
 from effjax.models.kinds import Kind
 from effjax.models.layers import Dense
 from effjax.models.mixers.attention import Attention
@@ -42,7 +43,7 @@ class TransformerXLAttention(Attention):
 
     kind: ClassVar[Kind] = "transformer_xl"
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         super().__init__(config, rngs)
         self.section: TransformerXL = getattr(config, self.kind)
         if self.section.sinusoids:

@@ -8,6 +8,7 @@ from flax import nnx
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context, fold
+from effjax.models.functional import Keys
 from effjax.models.positions.none import NoPositions
 from effjax.ops.position.sinusoidal import sinusoidal
 from effjax.weights import Axes, Tree
@@ -48,7 +49,7 @@ class LearnedEmbedding(nnx.Module):
     https://arxiv.org/abs/1810.04805
     """
 
-    def __init__(self, rows: int, width: int, rngs: nnx.Rngs):
+    def __init__(self, rows: int, width: int, rngs: Keys):
         self.table = nnx.Param(
             SPREAD * jax.random.normal(rngs(), (rows, width)),
             axes=Axes((), ("positions", "embed")),
@@ -65,7 +66,7 @@ class SinusoidalPositions(NoPositions):
     """Sinusoids at the embedding, nothing in attention."""
 
     @classmethod
-    def embedding(cls, config: StackConfig, rngs: nnx.Rngs) -> Any:
+    def embedding(cls, config: StackConfig, rngs: Keys) -> Any:
         return SinusoidalEmbedding(config.position.rope_base)
 
 
@@ -73,5 +74,5 @@ class LearnedPositions(NoPositions):
     """Learned vectors at the embedding, nothing in attention."""
 
     @classmethod
-    def embedding(cls, config: StackConfig, rngs: nnx.Rngs) -> Any:
+    def embedding(cls, config: StackConfig, rngs: Keys) -> Any:
         return LearnedEmbedding(config.position.reach, config.width, rngs)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from effjax.models.configs import StackConfig
-from effjax.models.functional import Constant
+from effjax.models.functional import Constant, Keys
 from effjax.models.positions.none import NoPositions
 from effjax.ops.attention.bias import Bias
 from effjax.ops.position.alibi import Alibi, alibi_slopes
@@ -25,7 +25,7 @@ HEADS = Axes((), ("heads",))
 class AlibiPositions(NoPositions):
     """ALiBi (see `effjax.ops.position.alibi`); the slopes are constants."""
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         slopes = alibi_slopes(config.attention.heads)
         self.slopes = Constant(jnp.asarray(slopes, jnp.float32), axes=HEADS)
 
@@ -40,7 +40,7 @@ class KerpleLogPositions(NoPositions):
     each step instead: at least 0.01 here too, where they begin.
     """
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         heads = (config.attention.heads,)
         draws = [high * jax.random.uniform(rngs(), heads, minval=0.01) for high in (2.0, 1.0)]
         self.r1, self.r2 = (nnx.Param(jnp.log(jnp.expm1(x)), axes=HEADS) for x in draws)
@@ -55,7 +55,7 @@ class KerplePowerPositions(NoPositions):
     They begin uniform in (0, 1) and (0, 2), as in the authors' code.
     """
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         heads = (config.attention.heads,)
         r1, half = (
             jax.random.uniform(rngs(), heads, minval=0.01, maxval=high) for high in (1.0, 0.99)
@@ -71,7 +71,7 @@ class KerplePowerPositions(NoPositions):
 class SandwichPositions(NoPositions):
     """Sandwich (see `effjax.ops.position.sandwich`); the heads' ratios are constants."""
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         self.width = config.position.sandwich_width
         ratios = sandwich_ratios(config.attention.heads)
         self.ratios = Constant(jnp.asarray(ratios, jnp.float32), axes=HEADS)
@@ -86,7 +86,7 @@ class T5Positions(NoPositions):
     T5 shares the table among its layers and draws it with a spread of 1 / sqrt(width).
     """
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         own = config.position
         self.max_distance, self.bidirectional = own.max_distance, not config.causal
         shape = own.buckets, config.attention.heads
@@ -106,7 +106,7 @@ class TisaPositions(NoPositions):
     spread by 5 tokens.
     """
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         shape = config.position.kernels, config.attention.heads
         axes = Axes((), ("kernels", "heads"))
         self.amplitudes, self.sharpness = (
@@ -127,7 +127,7 @@ class FirePositions(NoPositions):
     root of its inputs.
     """
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         R, N = config.position.fire_hidden, config.attention.heads
         self.length = config.position.train_length
         self.c = nnx.Param(jnp.asarray(0.1), axes=Axes())

@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 
 from effjax.models.configs import StackConfig
+from effjax.models.functional import Keys
 from effjax.ops.attention.bias import Bias
 from effjax.ops.position.shaw import ShawTables
 
@@ -20,11 +21,11 @@ class NoPositions(nnx.Module):
     rotates_cache: ClassVar[bool] = False
     """Whether keys are cached as they are and rotated whenever they are read."""
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         pass
 
     @classmethod
-    def embedding(cls, config: StackConfig, rngs: nnx.Rngs) -> Any:
+    def embedding(cls, config: StackConfig, rngs: Keys) -> Any:
         """What a model adds to its embedding, `(x, positions, key) -> x`; None: nothing."""
         return None
 

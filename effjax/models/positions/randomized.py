@@ -7,6 +7,7 @@ from flax import nnx
 
 from effjax.errors import ConfigError
 from effjax.models.configs import StackConfig
+from effjax.models.functional import Keys
 from effjax.models.positions.none import NoPositions
 from effjax.ops.attention.bias import Bias
 from effjax.ops.position.randomized import PlacedBias, random_places, replace_positions
@@ -62,12 +63,12 @@ def randomized(schemes: dict[str, Any]) -> type[NoPositions]:
         an earlier call, positions are what they are; the paper draws in evaluation too.
         """
 
-        def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+        def __init__(self, config: StackConfig, rngs: Keys):
             self.base = schemes[config.position.base_scheme](config, rngs)
             self.reach = config.position.reach
 
         @classmethod
-        def embedding(cls, config: StackConfig, rngs: nnx.Rngs) -> Any:
+        def embedding(cls, config: StackConfig, rngs: Keys) -> Any:
             base = schemes[config.position.base_scheme].embedding(config, rngs)
             return None if base is None else RandomizedEmbedding(base, config.position.reach)
 

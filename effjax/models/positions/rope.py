@@ -4,10 +4,10 @@ from typing import ClassVar
 
 import jax
 import numpy as np
-from flax import nnx
 
 from effjax.errors import ConfigError
 from effjax.models.configs import StackConfig
+from effjax.models.functional import Keys
 from effjax.models.positions.none import NoPositions
 from effjax.models.sections import PositionConfig
 from effjax.ops.position import interpolation
@@ -22,7 +22,7 @@ class RotaryPositions(NoPositions):
 
     gain: float = 1.0
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         self.config = config.position
 
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -54,7 +54,7 @@ class NTKPositions(RotaryPositions):
 class YarnPositions(RotaryPositions):
     """YaRN: slow features interpolated, fast ones kept, scores sharpened."""
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         super().__init__(config, rngs)
         self.gain = interpolation.yarn_gain(config.position.factor)
 
@@ -81,7 +81,7 @@ class DynamicNTKPositions(NoPositions):
 
     rotates_cache: ClassVar[bool] = True
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         self.config = config.position
 
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ from flax import nnx
 
 from effjax.errors import ConfigError
 from effjax.models.configs import StackConfig
+from effjax.models.functional import Keys
 from effjax.models.positions.none import NoPositions
 from effjax.ops.attention.bias import Bias
 from effjax.ops.position.shaw import ShawTables
@@ -17,7 +18,7 @@ class ShawPositions(NoPositions):
     They begin uniform, up to sqrt(6 / (rows + H)), as in the authors' tensor2tensor (Glorot).
     """
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         rows, H = 2 * config.position.clip + 1, config.head_dim("attention")
         bound = (6 / (rows + H)) ** 0.5
         self.keys, self.values = (

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from effjax.errors import ConfigError
 from effjax.models.configs import DecoderConfig
 from effjax.models.decoder import decoder
+from effjax.models.functional import Keys
 from effjax.models.normalizers import AdaptiveEntmax
 from effjax.models.sections import AttentionConfig
 from effjax.ops.attention import entmax as module
@@ -311,6 +311,6 @@ def test_alphas_are_learned():
 @pytest.mark.parametrize("alpha", [1.2, 1.5, 1.8])
 def test_heads_that_learn_alpha_begin_around_the_configs(alpha):
     section = AttentionConfig(heads=4000, normalizer="adaptive", alpha=alpha)
-    drawn = AdaptiveEntmax(section, nnx.Rngs(0))().alpha
+    drawn = AdaptiveEntmax(section, Keys(jax.random.key(0)))().alpha
     assert drawn.std() > 0.05
     np.testing.assert_allclose(np.median(drawn), alpha, atol=0.02)
