@@ -13,6 +13,8 @@ from effjax.models.compatible import require_compatible
 from effjax.models.kinds import ATTENTIONS, DECODER_KINDS, EMBEDDED, ENCODER_KINDS, ROTARY, Kind
 from effjax.models.sections import (
     AttentionConfig,
+    GatedLinearAttentionConfig,
+    Mamba2Config,
     PapaConfig,
     PositionConfig,
     RetentionConfig,
@@ -35,7 +37,7 @@ from effjax.ops.attention.smyrf import Smyrf
 from effjax.ops.attention.sparse_transformer import Fixed, Strided
 from effjax.ops.attention.transformer_xl import TransformerXL
 
-HEADED: dict[Kind, bool] = {"retention": True}
+HEADED: dict[Kind, bool] = {"retention": True, "mamba2": False, "gated_linear_attention": False}
 """Kinds whose section names `heads` and `head_dim`, and whether they rotate what a head reads."""
 
 
@@ -84,6 +86,10 @@ class StackConfig:
     learned_hash: LearnedHash = field(default_factory=LearnedHash)
     predictable: Predictable = field(default_factory=Predictable)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
+    mamba2: Mamba2Config = field(default_factory=Mamba2Config)
+    gated_linear_attention: GatedLinearAttentionConfig = field(
+        default_factory=GatedLinearAttentionConfig
+    )
     state_space: StateSpaceConfig = field(default_factory=StateSpaceConfig)
     rwkv: RWKVConfig = field(default_factory=RWKVConfig)
     switch: SwitchConfig = field(default_factory=SwitchConfig)

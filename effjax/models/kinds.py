@@ -30,6 +30,8 @@ Kind = Literal[
     "routing_stable",
     "learned_hash_stable",
     "retention",
+    "mamba2",
+    "gated_linear_attention",
     "state_space",
     "rwkv",
 ]
@@ -96,10 +98,17 @@ ENCODER_ONLY: tuple[Kind, ...] = CHOOSING
 NORMALIZED: tuple[Kind, ...] = ("attention", *MASKED)
 """The kinds that take any normaliser; the others put parts together that soft-max weighs."""
 
-DECODER_ONLY: tuple[Kind, ...] = (*SEGMENTED, "retention", "state_space", "rwkv")
+DECODER_ONLY: tuple[Kind, ...] = (
+    *SEGMENTED,
+    "retention",
+    "mamba2",
+    "gated_linear_attention",
+    "state_space",
+    "rwkv",
+)
 """The kinds that only ever look back: in an encoder, a token would not know what follows it."""
 
-UNTIMED: tuple[Kind, ...] = ()
+UNTIMED: tuple[Kind, ...] = ("mamba2", "gated_linear_attention")
 """The kinds to which positions only say what is padding: each token is one step after the last."""
 
 DECODER_KINDS: tuple[Kind, ...] = tuple(k for k in get_args(Kind) if k not in ENCODER_ONLY)

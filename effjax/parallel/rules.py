@@ -32,6 +32,7 @@ DEFAULT: Rules = MappingProxyType(
         "classes": (),
         "latents": (),
         "tap": (),
+        "groups": (),
         "basis": (),
         "query": (),
         "key": (),

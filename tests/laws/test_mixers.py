@@ -31,6 +31,8 @@ from effjax.models.mixers.cross_attention import CrossAttention
 from effjax.models.mixers.gathered import PairByPair, WholeRows
 from effjax.models.sections import (
     AttentionConfig,
+    GatedLinearAttentionConfig,
+    Mamba2Config,
     RetentionConfig,
     RWKVConfig,
     StateSpaceConfig,
@@ -76,6 +78,8 @@ BASE = DecoderConfig(
     learned_hash=LearnedHash(buckets=2, width=10, hidden=6),
     predictable=Predictable(block=3, keep=2, frequencies=3),
     retention=RetentionConfig(heads=2, value_dim=6, chunk=8),
+    mamba2=Mamba2Config(heads=4, head_dim=6, states=5, groups=2, taps=3, chunk=8),
+    gated_linear_attention=GatedLinearAttentionConfig(heads=2, key_dim=3, rank=4, chunk=8),
     state_space=StateSpaceConfig(states=4, chunk=8),
     rwkv=RWKVConfig(chunk=4),
     switch=SwitchConfig(experts=3, capacity_factor=1.0, jitter=0.2),
@@ -515,6 +519,8 @@ def test_the_state_is_as_large_as_its_kind_says(name):
         "reformer_stable": (layers * count, layers * (chosen + 4 * 4 * own.reformer.rounds)),
         **dict.fromkeys(STABLE[1:], (layers * count, layers * (chosen + 4 * 4))),
         "retention": (layers * (4 * 2 * 8 * own.retention.value_dim + place), 0),
+        "mamba2": (layers * (4 * (4 * 5 * 6 + 2 * (4 * 6 + 2 * 2 * 5)) + place), 0),
+        "gated_linear_attention": (layers * (4 * 2 * 3 * 8 + place), 0),
         "state_space": (layers * (4 * 2 * own.width * own.state_space.states + place), 0),
         "rwkv": (layers * (4 * 4 * own.width + place), 0),
     }

@@ -23,6 +23,7 @@ from effjax.models.mixers.attention import Attention, WindowAttention
 from effjax.models.mixers.bigbird import BigBirdAttention
 from effjax.models.mixers.compressive import CompressiveAttention
 from effjax.models.mixers.etc import ETCAttention
+from effjax.models.mixers.gated_linear_attention import GatedLinearAttention
 from effjax.models.mixers.infinity import InfinityAttention
 from effjax.models.mixers.learned_hash import (
     LearnedHashAttention,
@@ -30,6 +31,7 @@ from effjax.models.mixers.learned_hash import (
 )
 from effjax.models.mixers.longformer import DilatedAttention, LongformerAttention
 from effjax.models.mixers.longnet import LongNetAttention
+from effjax.models.mixers.mamba2 import Mamba2
 from effjax.models.mixers.papa import PapaAttention
 from effjax.models.mixers.predictable import PredictableAttention
 from effjax.models.mixers.reformer import ReformerAttention, StableReformerAttention
@@ -48,11 +50,13 @@ MIXERS: dict[str, Any] = {
     "dilated": DilatedAttention,
     "etc": ETCAttention,
     "fixed": FixedAttention,
+    "gated_linear_attention": GatedLinearAttention,
     "infinity": InfinityAttention,
     "learned_hash": LearnedHashAttention,
     "learned_hash_stable": StableLearnedHashAttention,
     "longformer": LongformerAttention,
     "longnet": LongNetAttention,
+    "mamba2": Mamba2,
     "papa": PapaAttention,
     "predictable": PredictableAttention,
     "reformer": ReformerAttention,
@@ -77,10 +81,12 @@ __all__ = [
     "DilatedAttention",
     "ETCAttention",
     "FixedAttention",
+    "GatedLinearAttention",
     "InfinityAttention",
     "LearnedHashAttention",
     "LongNetAttention",
     "LongformerAttention",
+    "Mamba2",
     "PapaAttention",
     "PredictableAttention",
     "ReformerAttention",

@@ -2,10 +2,18 @@
 
 from effjax.models.sections.attention import AttentionConfig, PapaConfig, PositionConfig
 from effjax.models.sections.mixture import SwitchConfig
-from effjax.models.sections.recurrence import RetentionConfig, RWKVConfig, StateSpaceConfig
+from effjax.models.sections.recurrence import (
+    GatedLinearAttentionConfig,
+    Mamba2Config,
+    RetentionConfig,
+    RWKVConfig,
+    StateSpaceConfig,
+)
 
 __all__ = [
     "AttentionConfig",
+    "GatedLinearAttentionConfig",
+    "Mamba2Config",
     "PapaConfig",
     "PositionConfig",
     "RWKVConfig",

@@ -27,6 +27,58 @@ class RetentionConfig:
 
 
 @dataclass(frozen=True)
+class Mamba2Config:
+    """Mamba-2.
+
+    head_dim: size of a head's inputs (None: the inner width is twice the model's). states: size of
+    the keys b and queries c, which the heads of each of the groups share. taps: tokens that the
+    short convolution reads. dt_min, dt_max: the range that step sizes are drawn from
+    log-uniformly. chunk: as in retention.
+    """
+
+    heads: int = 4
+    head_dim: int | None = None
+    states: int = 64
+    groups: int = 1
+    taps: int = 4
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    chunk: int = 64
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        require_positive(self, "heads", "head_dim", "states", "groups", "taps", "chunk")
+        require_finite(self, "dt_min", low=0.0, low_open=True)
+        require_finite(self, "dt_max", low=self.dt_min)
+        if self.heads % self.groups:
+            raise ConfigError(
+                f"Mamba2Config.groups must divide heads={self.heads}, got {self.groups}"
+            )
+
+
+@dataclass(frozen=True)
+class GatedLinearAttentionConfig:
+    """Gated linear attention.
+
+    head_dim: size of values (None: width // heads). key_dim: of queries and keys (None: half of
+    that). rank: of the gates' projection. tau: gates are sigmoids to the power of 1 / tau; the
+    higher, the slower memories fade at first. chunk: as in retention, a power of two.
+    """
+
+    heads: int = 4
+    head_dim: int | None = None
+    key_dim: int | None = None
+    rank: int = 16
+    tau: float = 16.0
+    chunk: int = 64
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        require_positive(self, "heads", "head_dim", "key_dim", "rank", "chunk")
+        require_finite(self, "tau", low=0.0, low_open=True)
+
+
+@dataclass(frozen=True)
 class StateSpaceConfig:
     """A diagonal state space (S4D).
 

@@ -10,6 +10,7 @@ A chunk changes what a method costs, as a window does, and nothing else.
 from effjax.ops.accounting import Flops
 from effjax.ops.recurrence.gated import power_of_two
 from effjax.ops.recurrence.layout import spare_chunks
+from effjax.ops.recurrence.mamba2 import SEGMENT
 
 
 def retention_flops(B: int, T: int, N: int, H: int, Hv: int, chunk: int) -> Flops:
@@ -54,6 +55,33 @@ def gated_channels_flops(B: int, T: int, N: int, H: int, Hv: int, chunk: int) ->
     tokens = B * -(-T // chunk) * chunk
     forward = tokens * N * ((chunk - 1) * (H + Hv) + 4 * H * Hv)
     return Flops(forward, 2 * forward)
+
+
+def mamba2_flops(
+    B: int, T: int, N: int, P: int, H: int, chunk: int, *, groups: int = 1, segment: int = SEGMENT
+) -> Flops:
+    """FLOPs of `mamba2` without a state, as written: the recurrence's, piece by piece if T is long.
+
+    The backward pass of a piece computes its forward pass anew. Convolution and norm are no
+    products.
+
+    Source: our own count of `mamba2.py`.
+    """
+    if segment >= T:
+        return gated_flops(B, T, N, P, H, chunk, groups=groups)
+    whole, rest = divmod(T, segment)
+    forward = whole * gated_flops(B, segment, N, P, H, chunk, groups=groups).forward
+    if rest:
+        forward += gated_flops(B, rest, N, P, H, chunk, groups=groups).forward
+    return Flops(forward, 3 * forward)
+
+
+def mamba2_state_bytes(B: int, N: int, P: int, H: int, *, groups: int = 1, taps: int = 4) -> int:
+    """Bytes of the state: S, the convolution's last inputs, position and segment.
+
+    Source: our own count of `mamba2_state`.
+    """
+    return gated_state_bytes(B, N, P, H) + B * 4 * (taps - 1) * (N * H + 2 * groups * P)
 
 
 def exact_gated_flops(
