@@ -1,7 +1,10 @@
 """Weight leaves and the two doors, `einsum` and `take`, through which activations meet them."""
 
 from effjax.weights.axes import Axes
+from effjax.weights.butterfly import Butterfly
 from effjax.weights.factored import Factored, LowRank
+from effjax.weights.monarch import Monarch
+from effjax.weights.pixelated_butterfly import PixelatedButterfly
 from effjax.weights.quantized import Quantized
 from effjax.weights.sparse import Masked, SemiStructured
 from effjax.weights.trees import (
@@ -32,9 +35,12 @@ from effjax.weights.weight import (
 __all__ = [
     "AnyWeight",
     "Axes",
+    "Butterfly",
     "Factored",
     "LowRank",
     "Masked",
+    "Monarch",
+    "PixelatedButterfly",
     "Quantized",
     "SemiStructured",
     "Tree",

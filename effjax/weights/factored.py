@@ -75,6 +75,10 @@ class Factored(Weight):
     parameters: ClassVar[tuple[str, ...]] = ("a", "b")
     saving: ClassVar[Saving | None] = "realised"
 
+    @property
+    def multiply_adds(self) -> int:
+        return self.a.size + self.b.size
+
     def materialize(self) -> jax.Array:
         return factor_product(self.a, self.b, self.num_inputs)
 
@@ -103,6 +107,11 @@ class LowRank(Weight):
 
     learned: ClassVar[tuple[str, ...]] = ("a", "b")
     parameters: ClassVar[tuple[str, ...]] = ("base", "a", "b")
+
+    @property
+    def multiply_adds(self) -> int:
+        base = self.base.multiply_adds if isinstance(self.base, Weight) else self.base.size
+        return base + self.a.size + self.b.size
 
     def materialize(self) -> jax.Array:
         base = dense(self.base)

@@ -81,6 +81,11 @@ class Weight:
         """The number of entries of the dense equivalent."""
         return math.prod(self.shape)
 
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of one row with every entry of the batch, as the leaf contracts it."""
+        return self.size
+
 
 AnyWeight: TypeAlias = jax.Array | Weight
 
