@@ -13,8 +13,10 @@ from effjax.models.compatible import require_compatible
 from effjax.models.kinds import ATTENTIONS, DECODER_KINDS, EMBEDDED, ENCODER_KINDS, ROTARY, Kind
 from effjax.models.sections import (
     AttentionConfig,
+    EMAConfig,
     GatedLinearAttentionConfig,
     Mamba2Config,
+    MegaConfig,
     PapaConfig,
     PositionConfig,
     RetentionConfig,
@@ -92,6 +94,8 @@ class StackConfig:
     )
     state_space: StateSpaceConfig = field(default_factory=StateSpaceConfig)
     rwkv: RWKVConfig = field(default_factory=RWKVConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    mega: MegaConfig = field(default_factory=MegaConfig)
     switch: SwitchConfig = field(default_factory=SwitchConfig)
 
     def __post_init__(self) -> None:

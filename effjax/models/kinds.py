@@ -34,6 +34,9 @@ Kind = Literal[
     "gated_linear_attention",
     "state_space",
     "rwkv",
+    "ema",
+    "mega",
+    "mega_chunk",
 ]
 """A sequence mixer: a name of `models.mixers.MIXERS`."""
 

@@ -27,6 +27,7 @@ DEFAULT: Rules = MappingProxyType(
         "value": (),
         "gate": (),
         "state": (),
+        "direction": (),
         "rank": (),
         "layers": (),
         "classes": (),

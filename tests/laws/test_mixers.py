@@ -31,8 +31,10 @@ from effjax.models.mixers.cross_attention import CrossAttention
 from effjax.models.mixers.gathered import PairByPair, WholeRows
 from effjax.models.sections import (
     AttentionConfig,
+    EMAConfig,
     GatedLinearAttentionConfig,
     Mamba2Config,
+    MegaConfig,
     RetentionConfig,
     RWKVConfig,
     StateSpaceConfig,
@@ -82,6 +84,8 @@ BASE = DecoderConfig(
     gated_linear_attention=GatedLinearAttentionConfig(heads=2, key_dim=3, rank=4, chunk=8),
     state_space=StateSpaceConfig(states=4, chunk=8),
     rwkv=RWKVConfig(chunk=4),
+    ema=EMAConfig(states=4, chunk=8),
+    mega=MegaConfig(key_dim=4, value_dim=12, chunk=5),
     switch=SwitchConfig(experts=3, capacity_factor=1.0, jitter=0.2),
 )
 FIXED = ("strided", "fixed", "dilated", "longformer", "bigbird", "etc", "longnet")
@@ -506,6 +510,8 @@ def test_the_state_is_as_large_as_its_kind_says(name):
     place = 2 * 4
     token = 4 * own.width + place
     chosen = 4 * (2 * 4 * 4) + place  # k and v of 4 heads; then a code of each, for each round
+    average = 4 * own.width * own.ema.states + place
+    wide = 4 * 2 * own.mega.value_dim + place
     spans = {k: own.pattern_of(k).span() for k in ATTENTIONS}
     closed = {
         **{
@@ -523,6 +529,9 @@ def test_the_state_is_as_large_as_its_kind_says(name):
         "gated_linear_attention": (layers * (4 * 2 * 3 * 8 + place), 0),
         "state_space": (layers * (4 * 2 * own.width * own.state_space.states + place), 0),
         "rwkv": (layers * (4 * 4 * own.width + place), 0),
+        "ema": (layers * average, 0),
+        "mega": (layers * (average + count), layers * wide),
+        "mega_chunk": (layers * (average + count + own.mega.chunk * wide), 0),
     }
     assert (fixed, per_token) == closed[name]
 

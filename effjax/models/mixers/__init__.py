@@ -22,6 +22,7 @@ from typing import Any
 from effjax.models.mixers.attention import Attention, WindowAttention
 from effjax.models.mixers.bigbird import BigBirdAttention
 from effjax.models.mixers.compressive import CompressiveAttention
+from effjax.models.mixers.ema import MovingAverage
 from effjax.models.mixers.etc import ETCAttention
 from effjax.models.mixers.gated_linear_attention import GatedLinearAttention
 from effjax.models.mixers.infinity import InfinityAttention
@@ -32,6 +33,7 @@ from effjax.models.mixers.learned_hash import (
 from effjax.models.mixers.longformer import DilatedAttention, LongformerAttention
 from effjax.models.mixers.longnet import LongNetAttention
 from effjax.models.mixers.mamba2 import Mamba2
+from effjax.models.mixers.mega import Mega, MegaChunk
 from effjax.models.mixers.papa import PapaAttention
 from effjax.models.mixers.predictable import PredictableAttention
 from effjax.models.mixers.reformer import ReformerAttention, StableReformerAttention
@@ -48,6 +50,7 @@ MIXERS: dict[str, Any] = {
     "bigbird": BigBirdAttention,
     "compressive": CompressiveAttention,
     "dilated": DilatedAttention,
+    "ema": MovingAverage,
     "etc": ETCAttention,
     "fixed": FixedAttention,
     "gated_linear_attention": GatedLinearAttention,
@@ -57,6 +60,8 @@ MIXERS: dict[str, Any] = {
     "longformer": LongformerAttention,
     "longnet": LongNetAttention,
     "mamba2": Mamba2,
+    "mega": Mega,
+    "mega_chunk": MegaChunk,
     "papa": PapaAttention,
     "predictable": PredictableAttention,
     "reformer": ReformerAttention,
@@ -87,6 +92,9 @@ __all__ = [
     "LongNetAttention",
     "LongformerAttention",
     "Mamba2",
+    "Mega",
+    "MegaChunk",
+    "MovingAverage",
     "PapaAttention",
     "PredictableAttention",
     "ReformerAttention",

@@ -3,8 +3,10 @@
 from effjax.models.sections.attention import AttentionConfig, PapaConfig, PositionConfig
 from effjax.models.sections.mixture import SwitchConfig
 from effjax.models.sections.recurrence import (
+    EMAConfig,
     GatedLinearAttentionConfig,
     Mamba2Config,
+    MegaConfig,
     RetentionConfig,
     RWKVConfig,
     StateSpaceConfig,
@@ -12,8 +14,10 @@ from effjax.models.sections.recurrence import (
 
 __all__ = [
     "AttentionConfig",
+    "EMAConfig",
     "GatedLinearAttentionConfig",
     "Mamba2Config",
+    "MegaConfig",
     "PapaConfig",
     "PositionConfig",
     "RWKVConfig",

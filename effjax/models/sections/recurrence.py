@@ -1,6 +1,7 @@
 """Sections of a model's config about recurrences: sizes of their memories, and their starts."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from effjax.config import require_finite, require_positive, require_types
 from effjax.errors import ConfigError
@@ -111,3 +112,41 @@ class RWKVConfig:
     def __post_init__(self) -> None:
         require_types(self)
         require_positive(self, "chunk")
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """A damped moving average of many dimensions.
+
+    states: modes per channel. chunk: as in retention.
+    """
+
+    states: int = 16
+    chunk: int = 32
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        require_positive(self, "states", "chunk")
+
+
+@dataclass(frozen=True)
+class MegaConfig:
+    """Mega's gated attention of one head; its moving average is the section `ema`.
+
+    key_dim: size of queries and keys, even. value_dim: of values (None: twice the width).
+    function: what makes weights of scores; the sum of "laplace" ones is not held to 1. chunk:
+    positions that "mega_chunk" attends within.
+    """
+
+    key_dim: int = 32
+    value_dim: int | None = None
+    function: Literal["softmax", "laplace"] = "softmax"
+    chunk: int = 128
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        require_positive(self, "key_dim", "value_dim", "chunk")
+        if self.key_dim % 2:
+            raise ConfigError(f"MegaConfig.key_dim must be even, got {self.key_dim}")
+        if self.chunk > 2**30:
+            raise ConfigError(f"MegaConfig.chunk must be at most 2**30, got {self.chunk}")
