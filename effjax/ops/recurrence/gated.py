@@ -103,7 +103,7 @@ def gated_recurrence(
     if T == 1:
         y, S = _one(q, k, v_, gate, old)
     elif gate.ndim == 3:
-        y, S = _by_head(q, k, v_, gate, old, min(chunk, T))
+        y, S = _by_head(q, k, v_, gate, time.run, old, min(chunk, T))
     else:
         y, S = _by_channel(q, k, v_, gate, old, power_of_two(min(chunk, T)))
     y = y.astype(v.dtype)
@@ -158,6 +158,7 @@ def _by_head(
     k: Float[Array, "B T G H"],
     v: Float[Array, "B T N Hv"],
     gate: Float[Array, "B T N"],
+    run: Int[Array, "B T"],
     S: Float[Array, "B N H Hv"],
     chunk: int,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N H Hv"]]:
@@ -169,7 +170,8 @@ def _by_head(
     R = N // G
     q, k = (_chunks(x, chunk).transpose(0, 1, 3, 2, 4) for x in (q, k))
     v = _chunks(v, chunk).reshape(B, -1, chunk, G, R, Hv)
-    inside, read, write, keep = _decays(_chunks(gate, chunk), G)
+    run = jnp.pad(run, ((0, 0), (0, -T % chunk)), mode="edge").reshape(B, -1, chunk)
+    inside, read, write, keep = _decays(_chunks(gate, chunk), run, G)
     scores = jnp.einsum("bcgth,bcgsh->bcgts", q, k)[:, :, :, None] * inside
     y = jnp.einsum("bcgrts,bcgrsv->bcgrtv", scores, v.transpose(0, 1, 3, 4, 2, 5))
     faded = v.transpose(0, 1, 3, 2, 4, 5) * write[..., None]
@@ -191,7 +193,7 @@ def _carry(S: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
 
 
 def _decays(
-    gate: Float[Array, "B c C N"], groups: int
+    gate: Float[Array, "B c C N"], run: Int[Array, "B c C"], groups: int
 ) -> tuple[
     Float[Array, "B c G R C C"],
     Float[Array, "B c G C R"],
@@ -201,23 +203,30 @@ def _decays(
     """The four decays of the chunked form, each already 0 where nothing may pass.
 
     Token to token inside a chunk; memory before the chunk to token; token to memory after the
-    chunk; memory before to memory after. Integer parts are summed apart: a sum of shut gates is
-    large, and differences of sums of floats would be as wrong as those sums are.
+    chunk; memory before to memory after. Sums start anew with each document: what another one
+    forgets changes nothing, not even by rounding. Integer parts are summed apart: a sum of shut
+    gates is large, and differences of such sums of floats would be as wrong as the sums are.
     """
-    B, c, C = gate.shape[:3]
+    B, c, C, N = gate.shape
+    gate = gate.transpose(0, 1, 3, 2)
+    end, first = run[..., -1], jnp.zeros_like(run[:, :1, -1])
+    start = jnp.concatenate([first, end[:, :-1]], axis=1)
+    past = jnp.tril(jnp.ones((C, C), bool))[None, None]
+    pair = (past & (run[..., :, None] == run[..., None, :]))[:, :, None]
+
+    def faded(exponent: Array, passes: Array) -> Array:
+        return jnp.where(passes, jnp.exp(jnp.where(passes, exponent, 0)), 0)
+
     whole = jnp.ceil(gate)
-
-    def summed(x: Array) -> Array:
-        return jnp.cumsum(x, axis=2).reshape(B, c, C, groups, -1).transpose(0, 1, 3, 4, 2)
-
-    sums = summed(whole), summed(gate - whole)  # bcgrt
-    past = jnp.tril(jnp.ones((C, C), bool))[None, None, None, None]
-    pair = sum(x[..., :, None] - x[..., None, :] for x in sums)
-    inside = jnp.exp(jnp.where(past, pair, SHUT))
-    read = jnp.exp(sum(sums))
-    write = jnp.exp(sum(x[..., -1:] - x for x in sums))
-    keep = read[..., -1].transpose(1, 0, 2, 3)[:, :, :, None, :, None]
-    return inside, read.swapaxes(-1, -2), write.swapaxes(-1, -2), keep
+    sums = [jnp.sum(jnp.where(pair, x[..., None, :], 0), -1) for x in (whole, gate - whole)]
+    inside = faded(sum(x[..., :, None] - x[..., None, :] for x in sums), pair)
+    read = faded(sum(sums), (run == start[..., None])[:, :, None])
+    write = faded(sum(x[..., -1:] - x for x in sums), (run == end[..., None])[:, :, None])
+    keep = faded(sum(sums)[..., -1], (start == end)[:, :, None])
+    heads = (B, c, groups, N // groups)
+    read, write = (x.reshape(*heads, C).swapaxes(-1, -2) for x in (read, write))
+    keep = keep.reshape(heads).transpose(1, 0, 2, 3)[:, :, :, None, :, None]
+    return inside.reshape(*heads, C, C), read, write, keep
 
 
 def _by_channel(
