@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from effjax.errors import ConfigError
+from effjax.ops.recurrence.hippo import legs_frequencies
 
 
 def s4d_lin(channels: int, modes: int) -> tuple[Float[Array, "D P"], Float[Array, "D P"]]:
@@ -41,9 +42,7 @@ def s4d_legs(channels: int, modes: int) -> tuple[Float[Array, "D P"], Float[Arra
 
     Source: Gu et al. 2022, section 4 (S4D-LegS), https://arxiv.org/abs/2206.11893
     """
-    root = np.sqrt(2 * np.arange(2 * modes) + 1)
-    skew = np.outer(root, root) / 2 * (np.tri(2 * modes).T - np.tri(2 * modes))
-    return _modes(channels, np.linalg.eigvalsh(1j * skew)[::-1][:modes])
+    return _modes(channels, legs_frequencies(modes))
 
 
 def log_time_steps(
