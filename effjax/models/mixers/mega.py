@@ -31,20 +31,22 @@ from effjax.weights import Axes, Tree
 class Mega(nnx.Module):
     """Gated attention of a single head, whose queries, keys and gates come from a moving average.
 
-        m = silu(ema(x))      z = silu(W_z m)    q = a_q z + b_q    k = a_k z + b_k
+        m = silu(ema(x))      z = silu(W_z m)    q = a_q * z + b_q    k = a_k * z + b_k
         v = silu(W_v x)       r = silu(W_r m)    u = sigmoid(W_u m)
         h = silu(W_h m + W_o (r * attention(q, k, v)))               y = u * (h - x)
 
     with a bias in each of W_z, W_v, W_r, W_u and W_h. The reset gate r of 0 leaves the moving
     average alone; the update gate u of 0 leaves the block's residual as it is. Scores have a bias
     by distance, rope(c, t) . rope(d, s) of learned c and d, which is formed as further features of
-    queries and keys. `attention` is soft-max, scaled by the root of z's size, or Laplace's.
+    queries and keys. `attention` is soft-max, scaled by the root of z's size, or Laplace's; b_k is
+    left out with soft-max, which does not see what moves all scores of a query alike.
 
     Source: Ma et al. 2022, Mega, section 3, https://arxiv.org/abs/2209.10655, and its code,
     https://github.com/facebookresearch/mega (`MovingAverageGatedAttention`). Departures: there the
     gate is between h and the residual itself, x + u * (h - x), with x not normalised; here the
-    block adds the residual, and what is taken off is the normalised x. The code's dropout within
-    the layer is left out.
+    block adds the residual, and what is taken off is the normalised x. a_q and a_k start as
+    standard normals, where theirs are 50 times smaller and z learns next to nothing at first. Their
+    dropout within the layer is left out, and of their biases by distance the rotary one is here.
     """
 
     kind: ClassVar[Kind] = "mega"
@@ -57,7 +59,7 @@ class Mega(nnx.Module):
         self.function = FUNCTIONS[config.mega.function]
         width, key = (("embed", config.width),), (("key", key_dim),)
         value = (("value", value_dim),)
-        draw = lambda: 0.02 * jax.random.normal(rngs(), (key_dim,))  # noqa: E731
+        draw = lambda: jax.random.normal(rngs(), (key_dim,))  # noqa: E731
         self.ema = MovingAverage(config, rngs)
         self.z = Dense("btd,dk->btk", width, key, rngs)
         self.v = Dense("btd,de->bte", width, value, rngs)
@@ -71,9 +73,11 @@ class Mega(nnx.Module):
         self.update_bias = nnx.Param(jnp.zeros(config.width), axes=Axes((), ("embed",)))
         self.candidate_bias = nnx.Param(jnp.zeros(config.width), axes=Axes((), ("embed",)))
         self.q_scale, self.k_scale = (nnx.Param(draw(), axes=keys) for _ in range(2))
-        self.q_bias, self.k_bias = (nnx.Param(jnp.zeros(key_dim), axes=keys) for _ in range(2))
+        self.q_bias = nnx.Param(jnp.zeros(key_dim), axes=keys)
+        seen = config.mega.function != "softmax"
+        self.k_bias = nnx.Param(jnp.zeros(key_dim), axes=keys) if seen else None
         places = Axes((), ("basis",))
-        self.q_place, self.k_place = (nnx.Param(draw(), axes=places) for _ in range(2))
+        self.q_place, self.k_place = (nnx.Param(0.02 * draw(), axes=places) for _ in range(2))
 
     def init_state(
         self, batch: int, max_length: int, piece: int, dtype: Any, memory: Any = None
@@ -97,7 +101,8 @@ class Mega(nnx.Module):
         reset = jax.nn.silu(self.reset(m) + _row(self.reset_bias, x))
         update = jax.nn.sigmoid(self.update(m) + _row(self.update_bias, x))
         q = z * _row(self.q_scale, x) + _row(self.q_bias, x)
-        k = z * _row(self.k_scale, x) + _row(self.k_bias, x)
+        k = z * _row(self.k_scale, x)
+        k = k if self.k_bias is None else k + _row(self.k_bias, x)
         q, k = self._placed(q, self.q_place, context), self._placed(k, self.k_place, context)
         cache = None if state is None else state["cache"]
         y, cache = self.function(
