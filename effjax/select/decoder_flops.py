@@ -38,7 +38,9 @@ from effjax.weights import (
     Axes,
     Factored,
     LowRank,
+    Monarch,
     Tree,
+    Weight,
     Where,
     is_weight,
     partition,
@@ -133,14 +135,14 @@ def _each(tree: Any) -> Iterator[Any]:
 
 def _product(config: DecoderConfig, w: AnyWeight, part: Any, axes: Axes) -> Product:
     trained = bool(jax.tree.leaves(part))
-    factors = w.a.size + w.b.size if isinstance(w, Factored | LowRank) else _entries(w)
-    inner = w.a.size if trained and isinstance(w, Factored | LowRank) else 0
+    factors = w.a.size + w.b.size if isinstance(w, LowRank) else _entries(w)
+    inner = 0
+    if trained and isinstance(w, Factored | LowRank | Monarch):
+        inner = w.right.size if isinstance(w, Monarch) else w.a.size
     experts = config.switch.experts if "experts" in axes.batch else 1
     return Product(axes, _entries(w), factors * trained, inner, experts)
 
 
 def _entries(w: AnyWeight) -> int:
     """Multiply-adds of one row with a weight as its leaf contracts it."""
-    if isinstance(w, LowRank):
-        return _entries(w.base) + w.a.size + w.b.size
-    return w.a.size + w.b.size if isinstance(w, Factored) else w.size
+    return w.multiply_adds if isinstance(w, Weight) else w.size

@@ -2,6 +2,9 @@
 
 from effjax.transforms.adapt.lora import adapters, lora, merge
 from effjax.transforms.describe import Change, describe
+from effjax.transforms.factorize.butterfly import butterfly
+from effjax.transforms.factorize.monarch import monarch
+from effjax.transforms.factorize.pixelated_butterfly import pixelated_butterfly
 from effjax.transforms.factorize.svd import choose_ranks, svd
 from effjax.transforms.grow import keep_layers, split_runs
 from effjax.transforms.pool_heads import pool_heads
@@ -18,12 +21,15 @@ __all__ = [
     "Change",
     "adapters",
     "apply_recipe",
+    "butterfly",
     "choose_ranks",
     "describe",
     "keep_layers",
     "lora",
     "magnitude",
     "merge",
+    "monarch",
+    "pixelated_butterfly",
     "pool_heads",
     "require_recipe",
     "round_to_nearest",

@@ -14,6 +14,9 @@ from typing import Any
 
 from effjax.errors import ConfigError, near
 from effjax.transforms.adapt.lora import lora, merge
+from effjax.transforms.factorize.butterfly import butterfly
+from effjax.transforms.factorize.monarch import monarch
+from effjax.transforms.factorize.pixelated_butterfly import pixelated_butterfly
 from effjax.transforms.factorize.svd import svd
 from effjax.transforms.grow import keep_layers, split_runs
 from effjax.transforms.pool_heads import pool_heads
@@ -31,6 +34,9 @@ VERBS: dict[str, Callable[..., Tree]] = {
         magnitude,
         semi_structured,
         svd,
+        monarch,
+        butterfly,
+        pixelated_butterfly,
         lora,
         merge,
         split_runs,

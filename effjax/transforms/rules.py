@@ -7,7 +7,17 @@ guessed. A new verb or leaf type adds its rows, and the law table tries them all
 
 from collections.abc import Mapping
 
-from effjax.weights import Factored, LowRank, Masked, Quantized, SemiStructured, Weight
+from effjax.weights import (
+    Butterfly,
+    Factored,
+    LowRank,
+    Masked,
+    Monarch,
+    PixelatedButterfly,
+    Quantized,
+    SemiStructured,
+    Weight,
+)
 
 RULES: Mapping[str, Mapping[type[Weight], str]] = {
     "round_to_nearest": {
@@ -20,22 +30,40 @@ RULES: Mapping[str, Mapping[type[Weight], str]] = {
     },
     "semi_structured": {LowRank: "the base is pruned, the update beside it stays dense"},
     "svd": {LowRank: "the base is factorised, the update beside it stays"},
+    "monarch": {LowRank: "the base is projected, the update beside it stays"},
+    "butterfly": {LowRank: "the base is projected, the update beside it stays"},
+    "pixelated_butterfly": {LowRank: "the base is fitted, the update beside it stays"},
     "lora": {
         Quantized: "an update beside the codes (QLoRA)",
         Masked: "an update beside the kept values; it is dense",
         SemiStructured: "an update beside the kept values; it is dense",
         Factored: "an update beside the factors",
+        Monarch: "an update beside the blocks",
+        Butterfly: "an update beside the stages",
+        PixelatedButterfly: "an update beside the blocks and their factors",
         LowRank: "a second update; the first one is frozen with its base",
     },
     "merge": {
         LowRank: "the base plus every update, cast once to the base's dtype",
         Quantized: "the sum is dense: quantise again to store it in few bits",
         Factored: "the sum is dense: factorise again to store it in few numbers",
+        Monarch: "the sum is dense: project again to store it in few numbers",
+        Butterfly: "the sum is dense: project again to store it in few numbers",
+        PixelatedButterfly: "the sum is dense: fit again to store it in few numbers",
     },
 }
 """verb -> leaf type -> what the verb does to a weight in which it meets that type."""
 
 COMMUTE: tuple[tuple[str, str], ...] = tuple(
-    (verb, "lora") for verb in ("round_to_nearest", "magnitude", "semi_structured", "svd")
+    (verb, "lora")
+    for verb in (
+        "round_to_nearest",
+        "magnitude",
+        "semi_structured",
+        "svd",
+        "monarch",
+        "butterfly",
+        "pixelated_butterfly",
+    )
 )
 """Pairs of verbs whose order does not matter: a value verb acts inside, LoRA outside."""

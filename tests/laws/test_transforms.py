@@ -18,18 +18,24 @@ from effjax.transforms import (
     RULES,
     VERBS,
     apply_recipe,
+    butterfly,
     describe,
     lora,
     magnitude,
+    monarch,
+    pixelated_butterfly,
     round_to_nearest,
     semi_structured,
     svd,
 )
 from effjax.weights import (
     Axes,
+    Butterfly,
     Factored,
     LowRank,
     Masked,
+    Monarch,
+    PixelatedButterfly,
     Quantized,
     SemiStructured,
     dense,
@@ -81,6 +87,9 @@ VERB_CASES = {
     "magnitude": {"sparsity": 0.4},
     "semi_structured": {},
     "svd": {"rank": 2},
+    "monarch": {},
+    "butterfly": {},
+    "pixelated_butterfly": {"blocks": 4, "rank": 1},
     "lora": {"rank": 2, "alpha": 3.0},
     "merge": {},
     "split_runs": {"at": [1]},
@@ -89,7 +98,7 @@ VERB_CASES = {
 }
 SURGERY = ("split_runs", "keep_layers", "pool_heads")
 WEIGHT_VERBS = [verb for verb in VERB_CASES if verb not in SURGERY]
-VALUE_VERBS = ["round_to_nearest", "magnitude", "semi_structured", "svd"]
+VALUE_VERBS = [verb for verb in WEIGHT_VERBS if verb not in ("lora", "merge")]
 EXACT = ["round_to_nearest", "magnitude", "semi_structured"]
 
 
@@ -258,6 +267,9 @@ KINDS = {
     Masked: partial(magnitude, axes=AXES, sparsity=0.5),
     SemiStructured: partial(semi_structured, axes=AXES),
     Factored: partial(svd, axes=AXES, rank=3),
+    Monarch: partial(monarch, axes=AXES),
+    Butterfly: partial(butterfly, axes=AXES),
+    PixelatedButterfly: partial(pixelated_butterfly, axes=AXES, blocks=4, rank=1),
     LowRank: partial(lora, axes=AXES, rank=2, alpha=1.0),
 }
 PAIRS = [(verb, kind) for verb in WEIGHT_VERBS for kind in KINDS]

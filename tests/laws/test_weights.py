@@ -19,9 +19,12 @@ from jax.sharding import PartitionSpec
 import effjax
 from effjax.weights import (
     Axes,
+    Butterfly,
     Factored,
     LowRank,
     Masked,
+    Monarch,
+    PixelatedButterfly,
     Quantized,
     SemiStructured,
     Weight,
@@ -123,6 +126,36 @@ def semi_structured(rng, axes, shape):
     return SemiStructured(random_array(rng, axes, half), index, axis)
 
 
+def shape_parts(axes, shape):
+    """(batch, inputs, outputs) sizes."""
+    lead = len(axes.batch)
+    cut = lead + len(axes.inputs)
+    return shape[:lead], shape[lead:cut], shape[cut:]
+
+
+def monarch(rng, axes, shape):
+    """Two blocks of inputs by four of outputs, each of rank 2."""
+    batch, inputs, outputs = shape_parts(axes, shape)
+    right = 0.5 * random_array(rng, axes, (*batch, *inputs, 4, 2))
+    return Monarch(right, random_array(rng, axes, (*batch, 2, 2, *outputs)), len(inputs))
+
+
+def butterfly(rng, axes, shape):
+    """Blocks of four inputs and four outputs."""
+    batch, inputs, outputs = shape_parts(axes, shape)
+    blocks_in, blocks_out = np.prod(inputs) // 4, np.prod(outputs) // 4
+    first = random_array(rng, axes, (*batch, blocks_out, 1, *inputs, 2))
+    last = random_array(rng, axes, (*batch, blocks_in, 1, *outputs, 2))
+    return Butterfly(first, last, len(inputs))
+
+
+def pixelated_butterfly(rng, axes, shape):
+    """Four by four blocks, of which all but the corners' are dense."""
+    batch, inputs, outputs = shape_parts(axes, shape)
+    blocks = random_array(rng, axes, (*batch, *inputs, 3, np.prod(outputs) // 4))
+    return PixelatedButterfly(blocks, *factors(rng, axes, shape, 2), len(inputs))
+
+
 LEAVES = {
     "array": random_array,
     "int8": quantized(8),
@@ -132,12 +165,16 @@ LEAVES = {
     "factored": factored,
     "masked": masked(random_array),
     "2:4": semi_structured,
+    "monarch": monarch,
+    "butterfly": butterfly,
+    "pixelated butterfly": pixelated_butterfly,
 }
 NESTED = {
     "low rank on int4": low_rank(quantized(4)),
     "low rank on masked": low_rank(masked(random_array)),
     "low rank on 2:4": low_rank(semi_structured),
     "low rank on low rank": low_rank(low_rank(random_array)),
+    "low rank on monarch": low_rank(monarch),
     "masked int8": masked(quantized(8)),
 }
 ALL = LEAVES | NESTED
@@ -169,6 +206,8 @@ def naive(w):
         return np.asarray(w.mask, np.float64) * naive(w.base)
     if isinstance(w, SemiStructured):
         return naive_fours(w)
+    if isinstance(w, Monarch | Butterfly | PixelatedButterfly):
+        return naive_structured(w)
     lead = w.a.ndim - 1 - w.num_inputs
     a, b = np.asarray(w.a, np.float64), np.asarray(w.b, np.float64)
     entries = zip(a.reshape(-1, *a.shape[lead:]), b.reshape(-1, *b.shape[lead:]), strict=True)
@@ -178,6 +217,49 @@ def naive(w):
         return product
     scale = np.asarray(w.scale, np.float64)
     return naive(w.base) + scale.reshape(scale.shape + (1,) * (product.ndim - lead)) * product
+
+
+def naive_structured(w):
+    """Entry by entry of every stacked matrix, from what each part of it says."""
+    batch, inputs, outputs = w.sizes
+    n, m = np.prod(inputs), np.prod(outputs)
+    parts = [np.asarray(v, np.float64) for v in jax.tree.leaves(w)]
+    entry = {Monarch: monarch_matrix, Butterfly: butterfly_matrix}.get(type(w), pixelated_matrix)
+    whole = [entry(n, m, *(p[i] for p in parts)) for i in np.ndindex(batch)]
+    return np.reshape(whole, (*batch, *inputs, *outputs))
+
+
+def monarch_matrix(n, m, right, left):
+    right, left = right.reshape(n, *right.shape[-2:]), left.reshape(*left.shape[:2], m)
+    blocks_in, blocks_out = left.shape[0], right.shape[1]
+    return np.array(
+        [[right[i, j % blocks_out] @ left[i * blocks_in // n, :, j] for j in range(m)]
+         for i in range(n)]
+    )  # fmt: skip
+
+
+def butterfly_matrix(n, m, first, last):
+    first, last = first.reshape(*first.shape[:2], n, 2), last.reshape(*last.shape[:2], m, 2)
+    size = n // last.shape[0]
+    whole = np.zeros((n, m))
+    for i, j in np.ndindex(n // size, m // size):
+        inputs, outputs = np.s_[i * size : (i + 1) * size], np.s_[j * size : (j + 1) * size]
+        block = np.eye(size)
+        for t, stage in enumerate([*first[j, :, inputs], *last[i, :, outputs]]):
+            sparse = np.diag(stage[:, 0])
+            sparse[np.arange(size), np.arange(size) ^ 2**t] = stage[:, 1]
+            block = sparse @ block
+        whole[inputs, outputs] = block.T
+    return whole
+
+
+def pixelated_matrix(n, m, blocks, a, b):
+    *_, slots, wide = blocks.shape
+    blocks, whole = blocks.reshape(n, slots, wide), a.reshape(n, -1) @ b.reshape(-1, m)
+    for i, t in np.ndindex(n, slots):
+        column = (i * (m // wide) // n ^ (2**t // 2)) * wide
+        whole[i, column : column + wide] += blocks[i, t]
+    return whole
 
 
 def spread(blocks, shape):
@@ -465,7 +547,8 @@ def model(kind="low rank on int4"):
 LEARNED = {
     "array": 1, "int8": 0, "int4 groups": 0, "int4 affine groups": 0, "low rank": 2, "factored": 2,
     "masked": 1, "2:4": 1, "low rank on int4": 2, "low rank on masked": 2, "low rank on 2:4": 2,
-    "low rank on low rank": 2, "masked int8": 0,
+    "low rank on low rank": 2, "masked int8": 0, "monarch": 2, "butterfly": 2,
+    "pixelated butterfly": 3, "low rank on monarch": 2,
 }  # fmt: skip
 
 

@@ -1,18 +1,15 @@
 """The Monarch matrix nearest to a dense one, block by block."""
 
-import math
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
 def near_root(size: int) -> int:
-    """The divisor of a size that is nearest to its square root, as a ratio; the larger of two.
+    """The divisor d of a size n that is nearest to its root, as a ratio; the larger of d and n / d.
 
     Source: Dao et al. 2022, section 3.1, https://arxiv.org/abs/2204.00595: sqrt(n) blocks.
     """
-    divisors = [d for d in range(1, size + 1) if size % d == 0]
-    return min(reversed(divisors), key=lambda d: abs(math.log(d * d / size)))
+    return min(d for d in range(1, size + 1) if size % d == 0 and d * d >= size)
 
 
 def project_monarch(
