@@ -10,7 +10,7 @@ of JAX writes a program differently.
 
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 from math import prod
 
 import jax
@@ -109,8 +109,15 @@ def check_flops(counted, closed):
     assert counted.total == closed
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-@rows
+# How a step is run is the same code for every row: two stand for all.
+STEPS = [
+    pytest.param(row, program, id=f"{row}-{program}")
+    for row, program in product(ROWS, PROGRAMS)
+    if row != SECOND_SEED and (program == "as it is" or row in ("attention", "switch"))
+]
+
+
+@pytest.mark.parametrize(("row", "program"), STEPS)
 def test_a_training_step_costs_its_closed_form(row, program):
     config, options = ROWS[row], PROGRAMS[program]
     for length in (LONG,) if options else (SHORT, LONG):

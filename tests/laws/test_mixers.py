@@ -93,9 +93,9 @@ FIXED = ("strided", "fixed", "dilated", "longformer", "bigbird", "etc", "longnet
 MEMBERS = {kind: replace(BASE, pattern=(kind,)) for kind in DECODER_KINDS} | {
     name: replace(BASE, feedforward=name) for name in FEEDFORWARDS if name != "dense"
 }
-DECODING = tuple(kind for kind in DECODER_KINDS if MIXERS[kind].decodes)
-DISTINCT = tuple(kind for kind in DECODING if kind not in (*FIXED, *STABLE))
-EVERY = replace(BASE, layers=len(DISTINCT), pattern=DISTINCT)
+MIXED: tuple[Kind, ...] = ("attention", "window", "compressive", "retention", "state_space")
+MIXTURE = replace(BASE, layers=len(MIXED), pattern=MIXED)
+"""Memories of every sort: full, rolling, in segments, of fixed size."""
 PARTS = {kind: MIXERS[kind] for kind in DECODER_KINDS} | FEEDFORWARDS
 MEMORIES = ("transformer_xl", "compressive", "infinity")
 LEAK = {"exact": 0.0, "fft": 1e-5}
@@ -313,7 +313,7 @@ def test_a_row_does_not_depend_on_its_batch(name):
 
 
 def test_a_row_alone_is_a_row_in_a_batch():
-    model, tokens = every(), texts(6)
+    model, tokens = mixture(), texts(6)
     positions, segments = plain()
     alone = model.run(model.params, tokens[:1], positions[:1], segments[:1])
     close(alone, model.row(tokens)[:1], 1e-6)
@@ -484,13 +484,13 @@ def test_the_laws_of_derivatives_catch_positions_and_segments_that_lie():
 
 
 @cache
-def every() -> Member:
-    """A decoder of every mixer that decodes."""
-    return Member(EVERY)
+def mixture() -> Member:
+    """A decoder of several mixers."""
+    return Member(MIXTURE)
 
 
 def test_generation_continues_unequal_prompts_like_whole_passes():
-    model = every()
+    model = mixture()
     prompts = [texts(12)[0, :9].tolist(), texts(12)[1, :4].tolist()]
     made = generate(model.apply, model.params, prompts, 4)
     for prompt, row in zip(prompts, made, strict=True):
