@@ -26,6 +26,8 @@ from effjax.ops.recurrence.retention import (
     retention,
     retention_state,
 )
+from effjax.ops.recurrence.s4 import s4
+from effjax.ops.recurrence.s4_naive import parallel_s4, recurrent_s4
 from effjax.ops.recurrence.state_space import diagonal_state_space, state_space_state
 from effjax.ops.recurrence.state_space_naive import parallel_state_space, recurrent_state_space
 from effjax.ops.recurrence.wkv import parallel_wkv, recurrent_wkv, wkv, wkv_state
@@ -44,6 +46,7 @@ class Member(NamedTuple):
     empty: Callable[[int], Arrays]
     state_bytes: int  # of one row
     valid: Callable[[Arrays], Arrays] = lambda state: state  # what of random numbers is a state
+    timed: bool = True  # whether a gap in positions is time; else a token is a step
 
 
 def normal(rng: Any, *shape: int) -> np.ndarray:
@@ -63,6 +66,7 @@ def gated_member(groups: int, gates: tuple[int, ...]) -> Member:
         lambda rng: {},
         lambda b: gated_state(b, N, H, HV),
         4 * N * H * HV + 8,
+        timed=False,
     )
 
 
@@ -97,6 +101,19 @@ MEMBERS = {
             "a_imag": 2 * normal(rng, D, P),
             "c_real": normal(rng, D, P),
             "c_imag": normal(rng, D, P),
+            "skip": normal(rng, D),
+        },
+        lambda b: state_space_state(b, D, P),
+        2 * 4 * D * P + 8,
+    ),
+    "s4": Member(
+        {"parallel": parallel_s4, "recurrent": recurrent_s4, "chunked": s4},
+        lambda rng, b, t: {"u": normal(rng, b, t, D)},
+        lambda rng: {
+            "log_dt": np.log(rng.uniform(0.02, 0.2, D)).astype(np.float32),
+            "log_a_real": np.float32(0.5) * normal(rng, D, P),
+            "a_imag": 2 * normal(rng, D, P),
+            **{f"{x}_{y}": normal(rng, D, P) for x in "pbc" for y in ("real", "imag")},
             "skip": normal(rng, D),
         },
         lambda b: state_space_state(b, D, P),
@@ -453,6 +470,25 @@ def test_padding_anywhere_is_neither_read_nor_written(name):
     ignores_padding(chunked, name)
 
 
+# A gap in positions is time to some, to others nothing.
+
+
+def gaps_are(timed: bool, run: Callable, name: str) -> None:
+    steps = rows([(8, 5, 4), (11, 6, 0)], [(12, 2, 0), (7, 3, 0)])
+    positions, segments = steps
+    gapped = positions + 2 * (positions >= 3) + 5 * (positions >= 6)
+    got, want = run(name, values(name), (gapped, segments)), run(name, values(name), steps)
+    moved = np.abs(got[0] - want[0]).max()
+    assert moved > 1e-3 if timed else moved == 0.0
+    if not timed:
+        near(memory(got[1]), memory(want[1]), 1e-6)
+
+
+@members
+def test_a_gap_is_time_or_nothing(name):
+    gaps_are(MEMBERS[name].timed, chunked, name)
+
+
 PLACES = {
     0: [(11, 2, 0), (5, 3, 0), (3, 4, 0)],
     3: [(3, 1, 0), (11, 2, 0), (5, 3, 0)],
@@ -676,6 +712,7 @@ FAULTS: dict[str, Callable[[str], None]] = {
     "liveness: chunks forgotten": lambda name: sees_its_past(forgets_chunks, name, WHOLE),
     "batch: a mean leaks": lambda name: independent(worse(name), name),
     "padding: holes count as time": lambda name: ignores_padding(counts_padding, name),
+    "gaps: taken for the opposite": lambda name: gaps_are(not MEMBERS[name].timed, chunked, name),
     "packing: segments ignored": lambda name: ignores_neighbours(one_document, name),
     "state: half precision": lambda name: constant_size(half_precision(name), name),
     "gradients: 0.1% too large": wrong_slope,
@@ -684,8 +721,14 @@ FAULTS: dict[str, Callable[[str], None]] = {
 }
 
 
-@members
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_law_catches(name, fault):
+TIMED = ("pieces: positions off by one", "padding: holes count as time")
+"""Faults of those alone to which a gap is time."""
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [(f, n) for f in FAULTS for n in MEMBERS if MEMBERS[n].timed or f not in TIMED],
+)
+def test_the_law_catches(fault, name):
     with pytest.raises(AssertionError):
         FAULTS[fault](name)
