@@ -148,6 +148,12 @@ def operations(jaxpr):
             yield from operations(inner)
 
 
+MEMORIES = ("retention", "state_space", "ema")
+"""Kinds whose states are sums, in float32, and no tokens."""
+MEMORIES_AND_CACHES = ("infinity", "mega", "mega_chunk")
+"""Kinds whose states are both."""
+
+
 @pytest.mark.parametrize("name", HALVES)
 def test_sixteen_bits_are_for_activations_only(name):
     """Parameters, norms, soft-max, states and sums are float32; what layers pass on is bfloat16."""
@@ -167,8 +173,8 @@ def test_sixteen_bits_are_for_activations_only(name):
     assert block["hidden"].dtype == jnp.bfloat16
     assert jax.tree.map(lambda s: s.dtype, new) == jax.tree.map(lambda s: s.dtype, state)
     kinds = {str(s.dtype) for s in jax.tree.leaves(state)}
-    recurrent = name in ("retention", "state_space", "infinity")
-    cached = name not in ("retention", "state_space")
+    recurrent = name in (*MEMORIES, *MEMORIES_AND_CACHES)
+    cached = name not in MEMORIES
     assert kinds == {"int32", *["float32"] * recurrent, *["bfloat16"] * cached}
     assert narrow(jaxpr.jaxpr) == []
 
