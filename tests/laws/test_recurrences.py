@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 from effjax.ops.recurrence.bookkeeping import Rows, timeline
+from effjax.ops.recurrence.delta import delta_rule, delta_state
+from effjax.ops.recurrence.delta_naive import parallel_delta, recurrent_delta
 from effjax.ops.recurrence.gated import gated_recurrence, gated_state
 from effjax.ops.recurrence.gated_naive import parallel_gated, recurrent_gated
 from effjax.ops.recurrence.layout import lay_out
@@ -70,6 +72,24 @@ def gated_member(groups: int, gates: tuple[int, ...]) -> Member:
     )
 
 
+def of_unit_keys(form: Callable) -> Callable:
+    """A delta rule of tokens of any size: keys of length 1, beta and gates between 0 and 1."""
+
+    def run(k: Any, strength: Any, forgetting: Any, *, positions: Any, **rest: Any) -> tuple:
+        live = (positions >= 0)[..., None]
+        k = jnp.where(live[..., None], k, 1)
+        strength, forgetting = (jnp.where(live, x, 0) for x in (strength, forgetting))
+        return form(
+            k=k / jnp.linalg.norm(k, axis=-1, keepdims=True),
+            beta=jax.nn.sigmoid(strength),
+            log_gate=-jnp.exp(jnp.minimum(forgetting, 3.0) - 1),
+            positions=positions,
+            **rest,
+        )
+
+    return run
+
+
 MEMBERS = {
     "retention": Member(
         {
@@ -118,6 +138,24 @@ MEMBERS = {
         },
         lambda b: state_space_state(b, D, P),
         2 * 4 * D * P + 8,
+    ),
+    "delta_rule": Member(
+        {
+            "parallel": of_unit_keys(parallel_delta),
+            "recurrent": of_unit_keys(recurrent_delta),
+            "chunked": of_unit_keys(delta_rule),
+        },
+        lambda rng, b, t: {
+            "q": normal(rng, b, t, N, H),
+            "k": normal(rng, b, t, N, H),
+            "strength": normal(rng, b, t, N),
+            "forgetting": normal(rng, b, t, N),
+            "v": normal(rng, b, t, N, HV),
+        },
+        lambda rng: {},
+        lambda b: delta_state(b, N, H, HV),
+        4 * N * H * HV + 8,
+        timed=False,
     ),
     "wkv": Member(
         {"parallel": parallel_wkv, "recurrent": recurrent_wkv, "chunked": wkv},
