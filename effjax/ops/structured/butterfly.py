@@ -22,7 +22,7 @@ def butterfly_multiply(
     Source: Dao et al. 2019, section 3.1, https://arxiv.org/abs/1903.05895
     """
     rows = [1] * (x.ndim - 1)
-    for j, stage in enumerate(factors):
+    for j, stage in enumerate(jnp.unstack(factors)):
         x = butterfly_stage(x, stage.reshape(*rows, *stage.shape), 2**j)
     return x
 
