@@ -81,7 +81,7 @@ def gated_recurrence(
 
     Raises:
         ConfigError: chunk is less than 1.
-        ValueError: the heads of q and k do not divide v's, or log_gate has no or other heads.
+        ValueError: the heads of q and k do not divide v's.
 
     Source: Dao and Gu 2024, section 6, https://arxiv.org/abs/2405.21060; Yang et al. 2024, section
     4, https://arxiv.org/abs/2312.06635
@@ -89,11 +89,8 @@ def gated_recurrence(
     if chunk < 1:
         raise ConfigError(f"gated_recurrence: chunk must be at least 1, got {chunk}")
     B, T, N, Hv = v.shape
-    if N % q.shape[2] or log_gate.shape[2] != N:
-        raise ValueError(
-            f"heads of q and k must divide v's {N} and log_gate must have as many, "
-            f"got {q.shape[2]} and {log_gate.shape[2]}"
-        )
+    if N % q.shape[2]:
+        raise ValueError(f"heads of q and k must divide v's {N}, got {q.shape[2]}")
     dtype = jnp.promote_types(v.dtype, jnp.float32)
     rows = rows_after(state, positions, segments)
     time = timeline(rows)
