@@ -19,6 +19,12 @@ import pytest
 from effjax.ops.recurrence.bookkeeping import Rows, timeline
 from effjax.ops.recurrence.delta import delta_rule, delta_state
 from effjax.ops.recurrence.delta_naive import parallel_delta, recurrent_delta
+from effjax.ops.recurrence.diagonal import (
+    diagonal_recurrence,
+    diagonal_state,
+    parallel_diagonal,
+    recurrent_diagonal,
+)
 from effjax.ops.recurrence.gated import gated_recurrence, gated_state
 from effjax.ops.recurrence.gated_naive import parallel_gated, recurrent_gated
 from effjax.ops.recurrence.layout import lay_out
@@ -30,6 +36,12 @@ from effjax.ops.recurrence.retention import (
 )
 from effjax.ops.recurrence.s4 import s4
 from effjax.ops.recurrence.s4_naive import parallel_s4, recurrent_s4
+from effjax.ops.recurrence.selective_scan import (
+    parallel_selective_scan,
+    recurrent_selective_scan,
+    selective_scan,
+    selective_state,
+)
 from effjax.ops.recurrence.state_space import diagonal_state_space, state_space_state
 from effjax.ops.recurrence.state_space_naive import parallel_state_space, recurrent_state_space
 from effjax.ops.recurrence.wkv import parallel_wkv, recurrent_wkv, wkv, wkv_state
@@ -108,6 +120,38 @@ MEMBERS = {
     ),
     "gated_heads": gated_member(1, (N,)),
     "gated_channels": gated_member(N, (N, H)),
+    "diagonal": Member(
+        {
+            "parallel": parallel_diagonal,
+            "recurrent": recurrent_diagonal,
+            "chunked": partial(diagonal_recurrence, form="chunked"),
+        },
+        lambda rng, b, t: {
+            "log_a": -np.exp(normal(rng, b, t, D) - 1),
+            "b": normal(rng, b, t, D),
+        },
+        lambda rng: {},
+        lambda b: diagonal_state(b, D),
+        4 * D + 8,
+        timed=False,
+    ),
+    "selective_scan": Member(
+        {
+            "parallel": parallel_selective_scan,
+            "recurrent": recurrent_selective_scan,
+            "chunked": lambda *args, chunk=64, **rest: selective_scan(*args, piece=chunk, **rest),
+        },
+        lambda rng, b, t: {
+            "dt": np.exp(normal(rng, b, t, D) - 1),
+            "b": normal(rng, b, t, P),
+            "c": normal(rng, b, t, P),
+            "x": normal(rng, b, t, D),
+        },
+        lambda rng: {"a_log": normal(rng, D, P) - 1, "skip": normal(rng, D)},
+        lambda b: selective_state(b, D, P),
+        4 * D * P + 8,
+        timed=False,
+    ),
     "state_space": Member(
         {
             "parallel": parallel_state_space,
