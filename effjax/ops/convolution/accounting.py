@@ -11,7 +11,7 @@ import math
 
 from effjax.ops.accounting import Flops
 from effjax.ops.convolution.blocks import spans
-from effjax.ops.convolution.long import CHUNK, Blocks, Form, fastest, long_blocks
+from effjax.ops.convolution.long import Blocks, Form, fastest, long_blocks
 from effjax.ops.convolution.monarch_fft import monarch_factors
 
 
@@ -62,7 +62,7 @@ def exact_long_convolution_flops(B: int, T: int, D: int, S: int, *, form: Form =
         near = min(S, T)
         work = 2 * B * D * (near * (near + 1) // 2 + (T - near) * near)
         return Flops(work, 2 * work)
-    chunk = min(T, CHUNK["fft"])
+    chunk = long_blocks(T, S, form="fft").chunk
     work = round(10 * B * D * T * math.log2(2 * chunk))
     return Flops(work, work)
 

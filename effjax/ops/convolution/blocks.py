@@ -12,6 +12,7 @@ section 8.7.3, with a filter cut up as well.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -98,7 +99,7 @@ def spans(chunks: int, lags: int) -> list[tuple[int, int]]:
     """
     count = max(1, min(4, lags // SPAN))
     ends = [round(lags * k / count) for k in range(count + 1)]
-    return [(a, b) for a, b in zip(ends, ends[1:], strict=False) if a < min(b, chunks)]
+    return [(a, b) for a, b in pairwise(ends) if a < min(b, chunks)]
 
 
 def _span(X: Array, G: Array, documents: Array, domain: Domain, first: int, last: int) -> Array:

@@ -36,19 +36,26 @@ State = dict[str, Array]
 Form = Literal["auto", "direct", "fft", "monarch"]
 
 FASTEST: dict[str, tuple[tuple[int, Form], ...]] = {
-    "cpu": ((2048, "direct"), (1 << 62, "fft")),
-    "gpu": ((256, "direct"), (1 << 62, "fft")),
-    "tpu": ((256, "direct"), (1 << 62, "fft")),
+    "cpu": ((128, "direct"), (1 << 62, "fft")),
+    "gpu": ((128, "direct"), (1 << 62, "fft")),
+    "tpu": ((128, "direct"), (1 << 62, "fft")),
 }
 """The form for rows of up to so many tokens, by platform.
 
-Source: `experiments/results/long_convolution.json` for "cpu"; the others are not measured.
+Source: `experiments/results/long_convolution.json` for "cpu"; the others stand as it does, and are
+not measured.
 """
 
 CHUNK = {"direct": 64, "fft": 512, "monarch": 512}
-"""Tokens of a chunk, where rows are laid out or no spectrum of a whole row is taken.
+"""Tokens of a chunk at most, where chunks are not given; a whole row of spectra may be longer.
 
-Source: `experiments/results/long_convolution.json`
+Source: as `FASTEST`.
+"""
+
+LEAST, SHARE = 16, 8
+"""Tokens of a chunk at least, and chunks of a row that is laid out: with eight, six documents fit.
+
+Source: as `FASTEST`.
 """
 
 
@@ -67,7 +74,7 @@ def long_blocks(
     """Chooses how rows of `length` tokens meet a kernel of `taps`: form, chunks, and their number.
 
     Rows that are not `aligned` have spare chunks for their documents. Aligned ones are one chunk
-    where spectra are formed, unless `chunk` says otherwise.
+    where spectra are formed. `chunk` may say otherwise.
 
     Raises:
         ConfigError: a form that does not exist, or a chunk of less than 1.
@@ -80,12 +87,12 @@ def long_blocks(
     if chunk is not None and chunk < 1:
         raise ConfigError(f"long_convolution: chunk must be at least 1, got {chunk}")
     name = fastest(length) if form == "auto" else form
-    if name == "direct":
-        size = min(chunk or CHUNK[name], length)
-    elif aligned and chunk is None:
-        size = smooth_length(length)
-    else:
-        size = min(chunk or CHUNK[name], smooth_length(length))
+    whole = smooth_length(length)
+    if chunk is None and not aligned:
+        chunk = min(CHUNK[name], max(LEAST, smooth_length(-(-length // SHARE))))
+    elif chunk is None:
+        chunk = CHUNK[name] if name == "direct" else whole
+    size = min(chunk, length if name == "direct" else whole)
     chunks = -(-length // size)
     chunks += 0 if aligned else spare_chunks(chunks)
     return Blocks(name, size, chunks, min(chunks, (taps + size - 2) // size + 1))
@@ -170,10 +177,7 @@ def long_convolution(
         return run(x, rows, aligned=aligned).astype(u.dtype), None
     time = timeline(rows)
     x = jnp.where(time.live[..., None], x, 0)
-    if u.shape[1] == 1:
-        y = _one(x, kernel, state, time)
-    else:
-        y = _continued(x, rows, state, run)
+    y = _one(x, kernel, state, time) if u.shape[1] == 1 else _continued(x, rows, state, run)
     return y.astype(u.dtype), _written(state, x, rows, time)
 
 
@@ -187,7 +191,7 @@ def _stateless(
     aligned: bool,
 ) -> Float[Array, "B T D"]:
     """Rows that begin from nothing."""
-    B, T, D = u.shape
+    B, T, _ = u.shape
     if T == 1:
         return jnp.where((rows.positions >= 0)[..., None], u * kernel[None, None, :, 0], 0)
     plan = long_blocks(T, kernel.shape[1], form=form, chunk=chunk, aligned=aligned)
@@ -291,7 +295,7 @@ def _continued(
 
 
 def _written(state: State, u: Float[Array, "B T D"], rows: Rows, time: Timeline) -> State:
-    """The state with the tokens of the latest document in its slots, the earlier ones' forgotten."""
+    """The state after a piece: its slots hold the latest document and no other."""
     capacity = state["inputs"].shape[1]
     last = time.run[:, -1:]
     kept = time.live & (time.run == last)

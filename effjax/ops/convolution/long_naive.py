@@ -12,7 +12,7 @@ def naive_long_convolution(
     segments: Int[Array, "B T"],
     skip: Float[Array, " D"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Computes y_t = sum_s kernel[:, p_t - p_s] u_s + skip u_t over the earlier tokens of a document.
+    """Computes y_t = sum_s kernel[:, p_t - p_s] u_s + skip u_t over the document so far.
 
     Every pair of tokens is visited, in the inputs' dtype. Arguments as in `long_convolution`.
 
