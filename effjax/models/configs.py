@@ -13,14 +13,18 @@ from effjax.models.compatible import require_compatible
 from effjax.models.kinds import ATTENTIONS, DECODER_KINDS, EMBEDDED, ENCODER_KINDS, ROTARY, Kind
 from effjax.models.sections import (
     AttentionConfig,
+    DSSConfig,
     EMAConfig,
     GatedLinearAttentionConfig,
+    GSSConfig,
+    H3Config,
     Mamba2Config,
     MegaConfig,
     PapaConfig,
     PositionConfig,
     RetentionConfig,
     RWKVConfig,
+    S4Config,
     StateSpaceConfig,
     SwitchConfig,
 )
@@ -39,7 +43,12 @@ from effjax.ops.attention.smyrf import Smyrf
 from effjax.ops.attention.sparse_transformer import Fixed, Strided
 from effjax.ops.attention.transformer_xl import TransformerXL
 
-HEADED: dict[Kind, bool] = {"retention": True, "mamba2": False, "gated_linear_attention": False}
+HEADED: dict[Kind, bool] = {
+    "retention": True,
+    "mamba2": False,
+    "gated_linear_attention": False,
+    "h3": False,
+}
 """Kinds whose section names `heads` and `head_dim`, and whether they rotate what a head reads."""
 
 
@@ -93,6 +102,10 @@ class StackConfig:
         default_factory=GatedLinearAttentionConfig
     )
     state_space: StateSpaceConfig = field(default_factory=StateSpaceConfig)
+    s4: S4Config = field(default_factory=S4Config)
+    dss: DSSConfig = field(default_factory=DSSConfig)
+    gss: GSSConfig = field(default_factory=GSSConfig)
+    h3: H3Config = field(default_factory=H3Config)
     rwkv: RWKVConfig = field(default_factory=RWKVConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     mega: MegaConfig = field(default_factory=MegaConfig)

@@ -33,6 +33,10 @@ Kind = Literal[
     "mamba2",
     "gated_linear_attention",
     "state_space",
+    "s4",
+    "dss",
+    "gss",
+    "h3",
     "rwkv",
     "ema",
     "mega",
@@ -107,6 +111,10 @@ DECODER_ONLY: tuple[Kind, ...] = (
     "mamba2",
     "gated_linear_attention",
     "state_space",
+    "s4",
+    "dss",
+    "gss",
+    "h3",
     "rwkv",
 )
 """The kinds that only ever look back: in an encoder, a token would not know what follows it."""

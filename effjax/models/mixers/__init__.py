@@ -22,9 +22,12 @@ from typing import Any
 from effjax.models.mixers.attention import Attention, WindowAttention
 from effjax.models.mixers.bigbird import BigBirdAttention
 from effjax.models.mixers.compressive import CompressiveAttention
+from effjax.models.mixers.dss import DSS
 from effjax.models.mixers.ema import MovingAverage
 from effjax.models.mixers.etc import ETCAttention
 from effjax.models.mixers.gated_linear_attention import GatedLinearAttention
+from effjax.models.mixers.gss import GatedStateSpace
+from effjax.models.mixers.h3 import H3
 from effjax.models.mixers.infinity import InfinityAttention
 from effjax.models.mixers.learned_hash import (
     LearnedHashAttention,
@@ -40,6 +43,7 @@ from effjax.models.mixers.reformer import ReformerAttention, StableReformerAtten
 from effjax.models.mixers.retention import Retention
 from effjax.models.mixers.routing import RoutingAttention, StableRoutingAttention
 from effjax.models.mixers.rwkv import RWKV
+from effjax.models.mixers.s4 import S4
 from effjax.models.mixers.smyrf import SmyrfAttention
 from effjax.models.mixers.sparse_transformer import FixedAttention, StridedAttention
 from effjax.models.mixers.state_space import StateSpace
@@ -72,14 +76,21 @@ MIXERS: dict[str, Any] = {
     "rwkv": RWKV,
     "smyrf": SmyrfAttention,
     "state_space": StateSpace,
+    "s4": S4,
+    "dss": DSS,
+    "gss": GatedStateSpace,
+    "h3": H3,
     "strided": StridedAttention,
     "transformer_xl": TransformerXLAttention,
     "window": WindowAttention,
 }
 
 __all__ = [
+    "DSS",
+    "H3",
     "MIXERS",
     "RWKV",
+    "S4",
     "Attention",
     "BigBirdAttention",
     "CompressiveAttention",
@@ -87,6 +98,7 @@ __all__ = [
     "ETCAttention",
     "FixedAttention",
     "GatedLinearAttention",
+    "GatedStateSpace",
     "InfinityAttention",
     "LearnedHashAttention",
     "LongNetAttention",

@@ -3,7 +3,6 @@
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from effjax.models.configs import StackConfig
@@ -12,18 +11,19 @@ from effjax.models.functional import Keys
 from effjax.models.layers import Dense
 from effjax.ops.accounting import Flops
 from effjax.ops.recurrence.accounting import exact_state_space_flops, state_space_flops
-from effjax.ops.recurrence.s4d import s4d_lin
+from effjax.ops.recurrence.s4d import log_time_steps, s4d_inv, s4d_legs, s4d_lin
 from effjax.ops.recurrence.state_space import diagonal_state_space, state_space_state
 from effjax.weights import Axes, Tree
 
 CHANNELS = Axes((), ("embed",))
 MODES = Axes((), ("embed", "state"))
+STARTS = {"lin": s4d_lin, "inv": s4d_inv, "legs": s4d_legs}
 
 
 class StateSpace(nnx.Module):
     """S4D: glu(mix(gelu(state_space(x)))), every channel with its own modes and step size.
 
-    Modes start as S4D-Lin, read-outs C as standard complex normals, the skip weights as standard
+    Modes start as S4D-Lin, or -Inv or -LegS where the config says so, read-outs C as standard complex normals, the skip weights as standard
     normals, and step sizes log-uniformly in [dt_min, dt_max], as in the paper.
 
     Source: Gu et al. 2022, "On the Parameterization and Initialization of Diagonal State Space
@@ -36,10 +36,9 @@ class StateSpace(nnx.Module):
     def __init__(self, config: StackConfig, rngs: Keys):
         own, width = config.state_space, config.width
         self.chunk = own.chunk
-        low, high = jnp.log(own.dt_min), jnp.log(own.dt_max)
-        log_a_real, a_imag = s4d_lin(width, own.states)
+        log_a_real, a_imag = STARTS[own.start](width, own.states)
         c = jax.random.normal(rngs(), (2, width, own.states)) * 0.5**0.5
-        dt = jax.random.uniform(rngs(), (width,), minval=low, maxval=high)
+        dt = log_time_steps(rngs(), width, own.dt_min, own.dt_max)
         self.log_dt = nnx.Param(dt, axes=CHANNELS)
         self.log_a_real = nnx.Param(log_a_real, axes=MODES)
         self.a_imag = nnx.Param(a_imag, axes=MODES)

@@ -9,19 +9,29 @@ from effjax.models.sections.recurrence import (
     MegaConfig,
     RetentionConfig,
     RWKVConfig,
+)
+from effjax.models.sections.state_space import (
+    DSSConfig,
+    GSSConfig,
+    H3Config,
+    S4Config,
     StateSpaceConfig,
 )
 
 __all__ = [
     "AttentionConfig",
+    "DSSConfig",
     "EMAConfig",
+    "GSSConfig",
     "GatedLinearAttentionConfig",
+    "H3Config",
     "Mamba2Config",
     "MegaConfig",
     "PapaConfig",
     "PositionConfig",
     "RWKVConfig",
     "RetentionConfig",
+    "S4Config",
     "StateSpaceConfig",
     "SwitchConfig",
 ]

@@ -80,30 +80,6 @@ class GatedLinearAttentionConfig:
 
 
 @dataclass(frozen=True)
-class StateSpaceConfig:
-    """A diagonal state space (S4D).
-
-    states: complex states per channel. dt_min, dt_max: the range, in tokens to the minus one, that
-    step sizes are drawn from log-uniformly. chunk: as in retention.
-    """
-
-    states: int = 16
-    dt_min: float = 0.001
-    dt_max: float = 0.1
-    chunk: int = 32
-
-    def __post_init__(self) -> None:
-        require_types(self)
-        require_positive(self, "states", "chunk")
-        require_finite(self, "dt_min", low=0.0, low_open=True)
-        if self.dt_max < self.dt_min:
-            raise ConfigError(
-                f"StateSpaceConfig.dt_max must be at least dt_min={self.dt_min:g}, "
-                f"got {self.dt_max:g}"
-            )
-
-
-@dataclass(frozen=True)
 class RWKVConfig:
     """RWKV-4's time mixing, as wide as the model. chunk: as in retention."""
 

@@ -156,6 +156,36 @@ def exact_state_space_flops(B: int, T: int, D: int, P: int, chunk: int) -> Flops
     return Flops(forward, 2 * forward)
 
 
+def s4_flops(B: int, T: int, D: int, P: int, chunk: int, *, aligned: bool = False) -> Flops:
+    """FLOPs of `s4` as written, T > 1: a state space's, its dense carries, the tables of a chunk.
+
+    With Q = 2 P: Q^2 multiply-adds a row, channel and chunk carry the memory on. Once a channel,
+    (2 chunk - 1) Q^2 give the columns and rows of a chunk, and Q^3 each square of A and each
+    product of squares that A^chunk takes.
+
+    Source: our own count of `s4.py`.
+    """
+    chunk, Q = min(chunk, T), 2 * P
+    chunks = -(-T // chunk)
+    chunks += 0 if aligned else spare_chunks(chunks)
+    powers = chunk.bit_length() + chunk.bit_count() - 2
+    tables = 2 * D * ((2 * chunk - 1) * Q**2 + powers * Q**3)
+    forward = 2 * B * chunks * D * (chunk * (chunk + 2 * Q) + Q**2) + tables
+    return Flops(forward, 2 * forward)
+
+
+def exact_s4_flops(B: int, T: int, D: int, P: int, chunk: int) -> Flops:
+    """FLOPs of chunked S4 itself: a diagonal state space's, and a dense matrix a chunk.
+
+    What depends on the weights alone (the tables of a chunk) is no part of a row.
+
+    Source: Gu et al. 2022, section 3.1, https://arxiv.org/abs/2111.00396; chunks as in Dao and Gu
+    2024, section 6, https://arxiv.org/abs/2405.21060
+    """
+    forward = 2 * B * D * (_pairs(T, chunk) + 4 * T * P + -(-T // chunk) * 4 * P**2)
+    return Flops(forward, 2 * forward)
+
+
 def state_space_state_bytes(B: int, D: int, P: int) -> int:
     """Bytes of the state: h in two float32 parts, position and segment; of any length of text.
 
