@@ -19,12 +19,14 @@ A mixer declares `causality` ("exact": later inputs change nothing at all; "fft"
 
 from typing import Any
 
+from effjax.models.mixers.aft import AFTConv, AFTFull, AFTLocal, AFTSimple
 from effjax.models.mixers.attention import Attention, WindowAttention
 from effjax.models.mixers.bigbird import BigBirdAttention
 from effjax.models.mixers.compressive import CompressiveAttention
 from effjax.models.mixers.dss import DSS
 from effjax.models.mixers.ema import MovingAverage
 from effjax.models.mixers.etc import ETCAttention
+from effjax.models.mixers.fnet import FNet
 from effjax.models.mixers.gated_linear_attention import GatedLinearAttention
 from effjax.models.mixers.gss import GatedStateSpace
 from effjax.models.mixers.h3 import H3
@@ -50,14 +52,22 @@ from effjax.models.mixers.state_space import StateSpace
 from effjax.models.mixers.transformer_xl import TransformerXLAttention
 
 MIXERS: dict[str, Any] = {
+    "aft_conv": AFTConv,
+    "aft_full": AFTFull,
+    "aft_local": AFTLocal,
+    "aft_simple": AFTSimple,
     "attention": Attention,
     "bigbird": BigBirdAttention,
     "compressive": CompressiveAttention,
     "dilated": DilatedAttention,
+    "dss": DSS,
     "ema": MovingAverage,
     "etc": ETCAttention,
     "fixed": FixedAttention,
+    "fnet": FNet,
     "gated_linear_attention": GatedLinearAttention,
+    "gss": GatedStateSpace,
+    "h3": H3,
     "infinity": InfinityAttention,
     "learned_hash": LearnedHashAttention,
     "learned_hash_stable": StableLearnedHashAttention,
@@ -74,12 +84,9 @@ MIXERS: dict[str, Any] = {
     "routing": RoutingAttention,
     "routing_stable": StableRoutingAttention,
     "rwkv": RWKV,
+    "s4": S4,
     "smyrf": SmyrfAttention,
     "state_space": StateSpace,
-    "s4": S4,
-    "dss": DSS,
-    "gss": GatedStateSpace,
-    "h3": H3,
     "strided": StridedAttention,
     "transformer_xl": TransformerXLAttention,
     "window": WindowAttention,
@@ -91,11 +98,16 @@ __all__ = [
     "MIXERS",
     "RWKV",
     "S4",
+    "AFTConv",
+    "AFTFull",
+    "AFTLocal",
+    "AFTSimple",
     "Attention",
     "BigBirdAttention",
     "CompressiveAttention",
     "DilatedAttention",
     "ETCAttention",
+    "FNet",
     "FixedAttention",
     "GatedLinearAttention",
     "GatedStateSpace",

@@ -23,8 +23,9 @@ STARTS = {"lin": s4d_lin, "inv": s4d_inv, "legs": s4d_legs}
 class StateSpace(nnx.Module):
     """S4D: glu(mix(gelu(state_space(x)))), every channel with its own modes and step size.
 
-    Modes start as S4D-Lin, or -Inv or -LegS where the config says so, read-outs C as standard complex normals, the skip weights as standard
-    normals, and step sizes log-uniformly in [dt_min, dt_max], as in the paper.
+    Modes start as S4D-Lin, or -Inv or -LegS where the config says so, read-outs C as standard
+    complex normals, the skip weights as standard normals, and step sizes log-uniformly in [dt_min,
+    dt_max], as in the paper.
 
     Source: Gu et al. 2022, "On the Parameterization and Initialization of Diagonal State Space
     Models", sections 3 and 4, https://arxiv.org/abs/2206.11893
