@@ -41,6 +41,7 @@ Kind = Literal[
     "ema",
     "mega",
     "mega_chunk",
+    "fnet",
 ]
 """A sequence mixer: a name of `models.mixers.MIXERS`."""
 
@@ -99,7 +100,7 @@ STABLE: tuple[Kind, ...] = ("reformer_stable", "routing_stable", "learned_hash_s
 ATTENTIONS: tuple[Kind, ...] = ("attention", "papa", *PATTERNED, *CHOOSING, *STABLE)
 """The kinds that are soft-max attention over a pattern of keys."""
 
-ENCODER_ONLY: tuple[Kind, ...] = CHOOSING
+ENCODER_ONLY: tuple[Kind, ...] = (*CHOOSING, "fnet")
 """The kinds whose result for a token depends on later ones: no decoder takes them."""
 
 NORMALIZED: tuple[Kind, ...] = ("attention", *MASKED)
