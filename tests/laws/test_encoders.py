@@ -118,9 +118,9 @@ def test_each_refuses_what_it_cannot_hold():
 
 
 def same_gradients(got, wanted) -> None:
-    """Those of constants may be zero throughout."""
+    """Those of constants may be zero throughout; FNet has none at all."""
     pairs = list(zip(*map(jax.tree.leaves, (got, wanted)), strict=True))
-    assert sum(own.any() for _, own in pairs) >= 3
+    assert sum(own.any() for _, own in pairs) >= min(3, len(pairs))
     for mine, own in pairs:
         if own.any():
             close(mine, own, 1e-4)
