@@ -12,6 +12,8 @@ from effjax.errors import ConfigError
 from effjax.models.compatible import require_compatible
 from effjax.models.kinds import ATTENTIONS, DECODER_KINDS, EMBEDDED, ENCODER_KINDS, ROTARY, Kind
 from effjax.models.sections import (
+    AFTConfig,
+    AFTConvConfig,
     AttentionConfig,
     DSSConfig,
     EMAConfig,
@@ -19,10 +21,12 @@ from effjax.models.sections import (
     GSSConfig,
     H3Config,
     Mamba2Config,
+    MambaConfig,
     MegaConfig,
     PapaConfig,
     PositionConfig,
     RetentionConfig,
+    RGLRUConfig,
     RWKVConfig,
     S4Config,
     StateSpaceConfig,
@@ -48,6 +52,7 @@ HEADED: dict[Kind, bool] = {
     "mamba2": False,
     "gated_linear_attention": False,
     "h3": False,
+    "aft_conv": False,
 }
 """Kinds whose section names `heads` and `head_dim`, and whether they rotate what a head reads."""
 
@@ -97,6 +102,8 @@ class StackConfig:
     learned_hash: LearnedHash = field(default_factory=LearnedHash)
     predictable: Predictable = field(default_factory=Predictable)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
+    mamba: MambaConfig = field(default_factory=MambaConfig)
+    rg_lru: RGLRUConfig = field(default_factory=RGLRUConfig)
     mamba2: Mamba2Config = field(default_factory=Mamba2Config)
     gated_linear_attention: GatedLinearAttentionConfig = field(
         default_factory=GatedLinearAttentionConfig
@@ -107,6 +114,8 @@ class StackConfig:
     gss: GSSConfig = field(default_factory=GSSConfig)
     h3: H3Config = field(default_factory=H3Config)
     rwkv: RWKVConfig = field(default_factory=RWKVConfig)
+    aft: AFTConfig = field(default_factory=AFTConfig)
+    aft_conv: AFTConvConfig = field(default_factory=AFTConvConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     mega: MegaConfig = field(default_factory=MegaConfig)
     switch: SwitchConfig = field(default_factory=SwitchConfig)

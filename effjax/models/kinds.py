@@ -30,7 +30,9 @@ Kind = Literal[
     "routing_stable",
     "learned_hash_stable",
     "retention",
+    "mamba",
     "mamba2",
+    "rg_lru",
     "gated_linear_attention",
     "state_space",
     "s4",
@@ -38,6 +40,10 @@ Kind = Literal[
     "gss",
     "h3",
     "rwkv",
+    "aft_simple",
+    "aft_full",
+    "aft_local",
+    "aft_conv",
     "ema",
     "mega",
     "mega_chunk",
@@ -109,7 +115,9 @@ NORMALIZED: tuple[Kind, ...] = ("attention", *MASKED)
 DECODER_ONLY: tuple[Kind, ...] = (
     *SEGMENTED,
     "retention",
+    "mamba",
     "mamba2",
+    "rg_lru",
     "gated_linear_attention",
     "state_space",
     "s4",
@@ -117,10 +125,20 @@ DECODER_ONLY: tuple[Kind, ...] = (
     "gss",
     "h3",
     "rwkv",
+    "aft_simple",
+    "aft_full",
+    "aft_local",
+    "aft_conv",
 )
 """The kinds that only ever look back: in an encoder, a token would not know what follows it."""
 
-UNTIMED: tuple[Kind, ...] = ("mamba2", "gated_linear_attention")
+UNTIMED: tuple[Kind, ...] = (
+    "mamba",
+    "mamba2",
+    "rg_lru",
+    "gated_linear_attention",
+    "aft_simple",
+)
 """The kinds to which positions only say what is padding: each token is one step after the last."""
 
 DECODER_KINDS: tuple[Kind, ...] = tuple(k for k in get_args(Kind) if k not in ENCODER_ONLY)

@@ -37,12 +37,14 @@ from effjax.models.mixers.learned_hash import (
 )
 from effjax.models.mixers.longformer import DilatedAttention, LongformerAttention
 from effjax.models.mixers.longnet import LongNetAttention
+from effjax.models.mixers.mamba import Mamba
 from effjax.models.mixers.mamba2 import Mamba2
 from effjax.models.mixers.mega import Mega, MegaChunk
 from effjax.models.mixers.papa import PapaAttention
 from effjax.models.mixers.predictable import PredictableAttention
 from effjax.models.mixers.reformer import ReformerAttention, StableReformerAttention
 from effjax.models.mixers.retention import Retention
+from effjax.models.mixers.rg_lru import RGLRU
 from effjax.models.mixers.routing import RoutingAttention, StableRoutingAttention
 from effjax.models.mixers.rwkv import RWKV
 from effjax.models.mixers.s4 import S4
@@ -73,6 +75,7 @@ MIXERS: dict[str, Any] = {
     "learned_hash_stable": StableLearnedHashAttention,
     "longformer": LongformerAttention,
     "longnet": LongNetAttention,
+    "mamba": Mamba,
     "mamba2": Mamba2,
     "mega": Mega,
     "mega_chunk": MegaChunk,
@@ -81,6 +84,7 @@ MIXERS: dict[str, Any] = {
     "reformer": ReformerAttention,
     "reformer_stable": StableReformerAttention,
     "retention": Retention,
+    "rg_lru": RGLRU,
     "routing": RoutingAttention,
     "routing_stable": StableRoutingAttention,
     "rwkv": RWKV,
@@ -96,6 +100,7 @@ __all__ = [
     "DSS",
     "H3",
     "MIXERS",
+    "RGLRU",
     "RWKV",
     "S4",
     "AFTConv",
@@ -115,6 +120,7 @@ __all__ = [
     "LearnedHashAttention",
     "LongNetAttention",
     "LongformerAttention",
+    "Mamba",
     "Mamba2",
     "Mega",
     "MegaChunk",

@@ -3,11 +3,15 @@
 from effjax.models.sections.attention import AttentionConfig, PapaConfig, PositionConfig
 from effjax.models.sections.mixture import SwitchConfig
 from effjax.models.sections.recurrence import (
+    AFTConfig,
+    AFTConvConfig,
     EMAConfig,
     GatedLinearAttentionConfig,
     Mamba2Config,
+    MambaConfig,
     MegaConfig,
     RetentionConfig,
+    RGLRUConfig,
     RWKVConfig,
 )
 from effjax.models.sections.state_space import (
@@ -19,6 +23,8 @@ from effjax.models.sections.state_space import (
 )
 
 __all__ = [
+    "AFTConfig",
+    "AFTConvConfig",
     "AttentionConfig",
     "DSSConfig",
     "EMAConfig",
@@ -26,9 +32,11 @@ __all__ = [
     "GatedLinearAttentionConfig",
     "H3Config",
     "Mamba2Config",
+    "MambaConfig",
     "MegaConfig",
     "PapaConfig",
     "PositionConfig",
+    "RGLRUConfig",
     "RWKVConfig",
     "RetentionConfig",
     "S4Config",

@@ -28,6 +28,53 @@ class RetentionConfig:
 
 
 @dataclass(frozen=True)
+class MambaConfig:
+    """Mamba.
+
+    expand: channels, as a multiple of the width. states: of each channel. taps: tokens that the
+    short convolution reads. rank: of the steps' projection (None: width / 16, rounded up). dt_min,
+    dt_max: the range that step sizes are drawn from log-uniformly. piece: tokens between the
+    memories that training keeps; it changes cost, not results.
+    """
+
+    expand: int = 2
+    states: int = 16
+    taps: int = 4
+    rank: int | None = None
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    piece: int = 64
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        require_positive(self, "expand", "states", "taps", "rank", "piece")
+        require_finite(self, "dt_min", low=0.0, low_open=True)
+        require_finite(self, "dt_max", low=self.dt_min)
+
+
+@dataclass(frozen=True)
+class RGLRUConfig:
+    """Griffin's recurrent block.
+
+    channels: of the unit (None: as many as the width; the paper has 4/3 of it). blocks: parts of
+    them, whose gates read no other part's channels; they must divide the channels. taps: tokens
+    that the short convolution reads.
+    """
+
+    channels: int | None = None
+    blocks: int = 16
+    taps: int = 4
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        require_positive(self, "channels", "blocks", "taps")
+        if self.channels is not None and self.channels % self.blocks:
+            raise ConfigError(
+                f"RGLRUConfig.blocks must divide channels={self.channels}, got {self.blocks}"
+            )
+
+
+@dataclass(frozen=True)
 class Mamba2Config:
     """Mamba-2.
 
@@ -88,6 +135,44 @@ class RWKVConfig:
     def __post_init__(self) -> None:
         require_types(self)
         require_positive(self, "chunk")
+
+
+@dataclass(frozen=True)
+class AFTConfig:
+    """The position biases of AFT-full and AFT-local.
+
+    length: positions that have rows of their own; later ones share the last. rank: products in a
+    bias. window: distances that have a bias in AFT-local. spread: of the rows at the start.
+    """
+
+    length: int = 512
+    rank: int = 64
+    window: int = 32
+    spread: float = 0.01
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        require_positive(self, "length", "rank", "window")
+        require_finite(self, "spread", low=0.0)
+
+
+@dataclass(frozen=True)
+class AFTConvConfig:
+    """AFT-conv.
+
+    heads: keys, and rows of biases. head_dim: channels of a head (None: width // heads). window:
+    distances that have a bias. gain: what the biases are multiplied by at the start.
+    """
+
+    heads: int = 4
+    head_dim: int | None = None
+    window: int = 32
+    gain: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        require_positive(self, "heads", "head_dim", "window")
+        require_finite(self, "gain", low=0.0)
 
 
 @dataclass(frozen=True)
