@@ -20,6 +20,7 @@ from effjax.models.sections import (
     GatedLinearAttentionConfig,
     GSSConfig,
     H3Config,
+    HyenaConfig,
     Mamba2Config,
     MambaConfig,
     MegaConfig,
@@ -29,6 +30,7 @@ from effjax.models.sections import (
     RGLRUConfig,
     RWKVConfig,
     S4Config,
+    SGConvConfig,
     StateSpaceConfig,
     SwitchConfig,
 )
@@ -118,6 +120,8 @@ class StackConfig:
     aft_conv: AFTConvConfig = field(default_factory=AFTConvConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     mega: MegaConfig = field(default_factory=MegaConfig)
+    hyena: HyenaConfig = field(default_factory=HyenaConfig)
+    sgconv: SGConvConfig = field(default_factory=SGConvConfig)
     switch: SwitchConfig = field(default_factory=SwitchConfig)
 
     def __post_init__(self) -> None:

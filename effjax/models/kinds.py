@@ -48,6 +48,8 @@ Kind = Literal[
     "mega",
     "mega_chunk",
     "fnet",
+    "hyena",
+    "sgconv",
 ]
 """A sequence mixer: a name of `models.mixers.MIXERS`."""
 
@@ -129,6 +131,8 @@ DECODER_ONLY: tuple[Kind, ...] = (
     "aft_full",
     "aft_local",
     "aft_conv",
+    "hyena",
+    "sgconv",
 )
 """The kinds that only ever look back: in an encoder, a token would not know what follows it."""
 

@@ -30,17 +30,23 @@ from effjax.models.mixers import MIXERS
 from effjax.models.mixers.cross_attention import CrossAttention
 from effjax.models.mixers.gathered import PairByPair, WholeRows
 from effjax.models.sections import (
+    AFTConfig,
+    AFTConvConfig,
     AttentionConfig,
     DSSConfig,
     EMAConfig,
     GatedLinearAttentionConfig,
     GSSConfig,
     H3Config,
+    HyenaConfig,
     Mamba2Config,
+    MambaConfig,
     MegaConfig,
     RetentionConfig,
+    RGLRUConfig,
     RWKVConfig,
     S4Config,
+    SGConvConfig,
     StateSpaceConfig,
     SwitchConfig,
 )
@@ -84,6 +90,8 @@ BASE = DecoderConfig(
     learned_hash=LearnedHash(buckets=2, width=10, hidden=6),
     predictable=Predictable(block=3, keep=2, frequencies=3),
     retention=RetentionConfig(heads=2, value_dim=6, chunk=8),
+    mamba=MambaConfig(states=3, taps=3, rank=2, piece=8),
+    rg_lru=RGLRUConfig(channels=12, blocks=3),
     mamba2=Mamba2Config(heads=4, head_dim=6, states=5, groups=2, taps=3, chunk=8),
     gated_linear_attention=GatedLinearAttentionConfig(heads=2, key_dim=3, rank=4, chunk=8),
     state_space=StateSpaceConfig(states=4, chunk=8),
@@ -92,8 +100,12 @@ BASE = DecoderConfig(
     gss=GSSConfig(states=8, narrow=6, wide=10, chunk=8),
     h3=H3Config(heads=4, head_dim=3, states=4, taps=3, chunk=8),
     rwkv=RWKVConfig(chunk=4),
+    aft=AFTConfig(length=64, rank=3, window=5, spread=1.0),
+    aft_conv=AFTConvConfig(heads=2, window=5, gain=1.0),
     ema=EMAConfig(states=4, chunk=8),
     mega=MegaConfig(key_dim=4, value_dim=12, chunk=5),
+    hyena=HyenaConfig(order=3, length=32, bands=3, hidden=6, inner=1),
+    sgconv=SGConvConfig(length=32, taps=4),
     switch=SwitchConfig(experts=3, capacity_factor=1.0, jitter=0.2),
 )
 FIXED = ("strided", "fixed", "dilated", "longformer", "bigbird", "etc", "longnet")
@@ -517,10 +529,12 @@ def test_the_state_is_as_large_as_its_kind_says(name):
     count = 4
     place = 2 * 4
     token = 4 * own.width + place
+    pair = lambda keys: 4 * (keys + own.width) + place  # noqa: E731
     chosen = 4 * (2 * 4 * 4) + place  # k and v of 4 heads; then a code of each, for each round
     average = 4 * own.width * own.ema.states + place
     wide = 4 * 2 * own.mega.value_dim + place
     spans = {k: own.pattern_of(k).span() for k in ATTENTIONS}
+    reach = 31 * (4 * own.width + 4) + count + place  # what a kernel of 32 taps looks back on
     closed = {
         **{
             k: (layers * count, layers * slot) if s is None else (layers * (count + s * slot), 0)
@@ -533,6 +547,8 @@ def test_the_state_is_as_large_as_its_kind_says(name):
         "reformer_stable": (layers * count, layers * (chosen + 4 * 4 * own.reformer.rounds)),
         **dict.fromkeys(STABLE[1:], (layers * count, layers * (chosen + 4 * 4))),
         "retention": (layers * (4 * 2 * 8 * own.retention.value_dim + place), 0),
+        "mamba": (layers * (4 * 2 * own.width * (3 + 2) + place), 0),
+        "rg_lru": (layers * (4 * 12 * (1 + 3) + place), 0),
         "mamba2": (layers * (4 * (4 * 5 * 6 + 2 * (4 * 6 + 2 * 2 * 5)) + place), 0),
         "gated_linear_attention": (layers * (4 * 2 * 3 * 8 + place), 0),
         "state_space": (layers * (4 * 2 * own.width * own.state_space.states + place), 0),
@@ -541,9 +557,15 @@ def test_the_state_is_as_large_as_its_kind_says(name):
         "gss": (layers * (4 * 2 * 6 * own.gss.states + place), 0),
         "h3": (layers * (4 * (2 * 4 * 3**2 * own.h3.states + 2 * 4 * 3) + place), 0),
         "rwkv": (layers * (4 * 4 * own.width + place), 0),
+        "aft_simple": (layers * (4 * 3 * own.width + place), 0),
+        "aft_full": (layers * (place + count), layers * pair(own.width)),
+        "aft_local": (layers * (place + count + 5 * pair(own.width) + 4 * 3 * own.width), 0),
+        "aft_conv": (layers * (place + count + 5 * pair(2) + 4 * (own.width + 2 * 2)), 0),
         "ema": (layers * average, 0),
         "mega": (layers * (average + count), layers * wide),
         "mega_chunk": (layers * (average + count + own.mega.chunk * wide), 0),
+        "hyena": (layers * (2 * reach + 4 * 2 * 4 * own.width + place + 4 * 2 * 32 * own.width), 0),
+        "sgconv": (layers * (reach + 4 * 32 * own.width), 0),
     }
     assert (fixed, per_token) == closed[name]
 

@@ -30,6 +30,7 @@ from effjax.models.mixers.fnet import FNet
 from effjax.models.mixers.gated_linear_attention import GatedLinearAttention
 from effjax.models.mixers.gss import GatedStateSpace
 from effjax.models.mixers.h3 import H3
+from effjax.models.mixers.hyena import Hyena
 from effjax.models.mixers.infinity import InfinityAttention
 from effjax.models.mixers.learned_hash import (
     LearnedHashAttention,
@@ -48,6 +49,7 @@ from effjax.models.mixers.rg_lru import RGLRU
 from effjax.models.mixers.routing import RoutingAttention, StableRoutingAttention
 from effjax.models.mixers.rwkv import RWKV
 from effjax.models.mixers.s4 import S4
+from effjax.models.mixers.sgconv import SGConv
 from effjax.models.mixers.smyrf import SmyrfAttention
 from effjax.models.mixers.sparse_transformer import FixedAttention, StridedAttention
 from effjax.models.mixers.state_space import StateSpace
@@ -94,6 +96,8 @@ MIXERS: dict[str, Any] = {
     "strided": StridedAttention,
     "transformer_xl": TransformerXLAttention,
     "window": WindowAttention,
+    "hyena": Hyena,
+    "sgconv": SGConv,
 }
 
 __all__ = [
@@ -116,6 +120,7 @@ __all__ = [
     "FixedAttention",
     "GatedLinearAttention",
     "GatedStateSpace",
+    "Hyena",
     "InfinityAttention",
     "LearnedHashAttention",
     "LongNetAttention",
@@ -130,6 +135,7 @@ __all__ = [
     "ReformerAttention",
     "Retention",
     "RoutingAttention",
+    "SGConv",
     "SmyrfAttention",
     "StableLearnedHashAttention",
     "StableReformerAttention",

@@ -1,6 +1,7 @@
 """Sections of a model's config that are no op's own pattern, one for each kind that has numbers."""
 
 from effjax.models.sections.attention import AttentionConfig, PapaConfig, PositionConfig
+from effjax.models.sections.convolution import HyenaConfig, SGConvConfig
 from effjax.models.sections.mixture import SwitchConfig
 from effjax.models.sections.recurrence import (
     AFTConfig,
@@ -31,6 +32,7 @@ __all__ = [
     "GSSConfig",
     "GatedLinearAttentionConfig",
     "H3Config",
+    "HyenaConfig",
     "Mamba2Config",
     "MambaConfig",
     "MegaConfig",
@@ -40,6 +42,7 @@ __all__ = [
     "RWKVConfig",
     "RetentionConfig",
     "S4Config",
+    "SGConvConfig",
     "StateSpaceConfig",
     "SwitchConfig",
 ]
