@@ -61,9 +61,9 @@ class DSS(nnx.Module):
         """The discretised system."""
         dtype = jnp.promote_types(dtype, jnp.float32)
         weights = {name: getattr(self, name).get_value().astype(dtype) for name in WEIGHTS}
-        return (
-            dss_softmax(self.length, **weights) if self.kernel == "softmax" else dss_exp(**weights)
-        )
+        if self.kernel == "softmax":
+            return dss_softmax(self.length, **weights)
+        return dss_exp(**weights)
 
     def __call__(
         self, x: jax.Array, context: Context, state: Tree = None
