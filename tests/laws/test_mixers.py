@@ -90,7 +90,7 @@ BASE = DecoderConfig(
     learned_hash=LearnedHash(buckets=2, width=10, hidden=6),
     predictable=Predictable(block=3, keep=2, frequencies=3),
     retention=RetentionConfig(heads=2, value_dim=6, chunk=8),
-    mamba=MambaConfig(states=3, taps=3, rank=2, piece=8),
+    mamba=MambaConfig(states=3, taps=3, rank=2, dt_min=0.1, dt_max=1.0, piece=8),
     rg_lru=RGLRUConfig(channels=12, blocks=3),
     mamba2=Mamba2Config(heads=4, head_dim=6, states=5, groups=2, taps=3, chunk=8),
     gated_linear_attention=GatedLinearAttentionConfig(heads=2, key_dim=3, rank=4, chunk=8),
@@ -564,6 +564,7 @@ def test_the_state_is_as_large_as_its_kind_says(name):
         "ema": (layers * average, 0),
         "mega": (layers * (average + count), layers * wide),
         "mega_chunk": (layers * (average + count + own.mega.chunk * wide), 0),
+        "monarch": (layers * count, layers * slot),
         "hyena": (layers * (2 * reach + 4 * 2 * 4 * own.width + place + 4 * 2 * 32 * own.width), 0),
         "sgconv": (layers * (reach + 4 * 32 * own.width), 0),
     }

@@ -31,6 +31,7 @@ from effjax.models.sections import (
     HyenaConfig,
     MambaConfig,
     MegaConfig,
+    MonarchConfig,
     PositionConfig,
     RetentionConfig,
     RGLRUConfig,
