@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from effjax.cost import flops
 from effjax.data.batch import Batch
@@ -14,7 +13,7 @@ from effjax.evaluate.measure import decode_flops
 from effjax.models.configs import DecoderConfig
 from effjax.models.context import Context
 from effjax.models.decoder import decoder
-from effjax.models.functional import functional
+from effjax.models.functional import Keys, functional
 from effjax.models.mixers import MIXERS
 from effjax.models.sections import DSSConfig, GSSConfig, H3Config, S4Config, StateSpaceConfig
 from effjax.ops.recurrence.dss import dss_exp, dss_softmax
@@ -127,7 +126,7 @@ def test_an_open_gate_between_identities_is_dss():
 
 @pytest.mark.parametrize("kernel", ["softmax", "exp"])
 def test_the_config_chooses_dsss_kernel(kernel):
-    mixer = MIXERS["dss"](replace(BASE, dss=DSSConfig(3, kernel, 9)), nnx.Rngs(0))
+    mixer = MIXERS["dss"](replace(BASE, dss=DSSConfig(3, kernel, 9)), Keys(jax.random.key(0)))
     names = ("log_dt", "log_a_real", "a_imag", "w_real", "w_imag", "skip")
     weights = {k: getattr(mixer, k).get_value() for k in names}
     want = dss_softmax(9, **weights) if kernel == "softmax" else dss_exp(**weights)

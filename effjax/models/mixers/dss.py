@@ -8,6 +8,7 @@ from flax import nnx
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
+from effjax.models.functional import Keys
 from effjax.models.layers import Dense
 from effjax.ops.accounting import Flops
 from effjax.ops.recurrence.accounting import exact_state_space_flops, state_space_flops
@@ -36,7 +37,7 @@ class DSS(nnx.Module):
     causality: ClassVar[str] = "exact"
     decodes: ClassVar[bool] = True
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         own, width = config.dss, config.width
         self.kernel, self.length, self.chunk = own.kernel, own.length, own.chunk
         log_a_real, a_imag = (x[0] for x in s4d_legs(1, own.states))

@@ -8,6 +8,7 @@ from flax import nnx
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
+from effjax.models.functional import Keys
 from effjax.models.layers import Dense
 from effjax.ops.accounting import Flops
 from effjax.ops.recurrence.accounting import exact_state_space_flops, state_space_flops
@@ -33,7 +34,7 @@ class GatedStateSpace(nnx.Module):
     causality: ClassVar[str] = "exact"
     decodes: ClassVar[bool] = True
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         own = config.gss
         width = (("embed", config.width),)
         narrow, wide = (("value", _narrow(config)),), (("channels", _wide(config)),)

@@ -8,6 +8,7 @@ from flax import nnx
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
+from effjax.models.functional import Keys
 from effjax.models.layers import Dense
 from effjax.ops.accounting import Flops
 from effjax.ops.recurrence.accounting import exact_state_space_flops, state_space_flops
@@ -35,7 +36,7 @@ class H3(nnx.Module):
     causality: ClassVar[str] = "exact"
     decodes: ClassVar[bool] = True
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         own = config.h3
         heads, head_dim = _sizes(config)
         self.chunk = own.chunk
@@ -59,7 +60,8 @@ class H3(nnx.Module):
         self, batch: int, max_length: int, piece: int, dtype: Any, memory: Any = None
     ) -> Tree:
         """The latest keys, and the modes of H x H products a head, in float32."""
-        return h3_state(batch, *self.taps.get_value().shape, self.a_imag.get_value().shape[1])
+        heads, head_dim, taps = self.taps.get_value().shape
+        return h3_state(batch, heads, head_dim, taps, self.a_imag.get_value().shape[1])
 
     def __call__(
         self, x: jax.Array, context: Context, state: Tree = None

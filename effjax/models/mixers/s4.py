@@ -7,6 +7,7 @@ from flax import nnx
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
+from effjax.models.functional import Keys
 from effjax.models.layers import Dense
 from effjax.ops.accounting import Flops
 from effjax.ops.recurrence.accounting import exact_s4_flops, s4_flops
@@ -37,13 +38,14 @@ class S4(nnx.Module):
     causality: ClassVar[str] = "exact"
     decodes: ClassVar[bool] = True
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         own, width = config.s4, config.width
         self.chunk = own.chunk
         start = legs_normal_plus_low_rank(width, own.states)
         c = jax.random.normal(rngs(), (2, width, own.states)) * 0.5**0.5
-        for name, value in zip(VECTORS, (*start, *c), strict=True):
-            setattr(self, name, nnx.Param(value, axes=MODES))
+        vectors = (nnx.Param(value, axes=MODES) for value in (*start, *c))
+        self.log_a_real, self.a_imag, self.p_real, self.p_imag, *rest = vectors
+        self.b_real, self.b_imag, self.c_real, self.c_imag = rest
         dt = log_time_steps(rngs(), width, own.dt_min, own.dt_max)
         self.log_dt = nnx.Param(dt, axes=CHANNELS)
         self.skip = nnx.Param(jax.random.normal(rngs(), (width,)), axes=CHANNELS)
