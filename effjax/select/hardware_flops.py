@@ -43,10 +43,10 @@ def hardware_training_flops(
     B, parts = batch // microbatches, Parts.of(config, params, where)
     slots = capacity(length, config.switch.experts, config.switch.capacity_factor)
     expert_rows = slot_rows(B, 1, slots)
-    work = 0
+    work, gated = 0, config.feedforward == "channel_mixing"
     for w in parts.weights:
         rows = B * length if w.experts == 1 else expert_rows
-        work += 2 * rows * (2 * w.entries + w.learned + _again(w, remat))
+        work += 2 * rows * (2 * w.entries + w.learned + _again(w, remat, gated))
     for kind in config.pattern:
         op = parts.passes(MIXERS[kind].program_flops(config, B, length, aligned), kind)
         again = op.forward if remat != "none" else 0
@@ -79,11 +79,11 @@ def hardware_decode_flops(config: DecoderConfig, context: int, params: Tree = No
     )
 
 
-def _again(w: Product, remat: Remat) -> int:
+def _again(w: Product, remat: Remat, gated: bool) -> int:
     """Multiply-adds that the backward pass repeats; products outside the layers are never.
 
     "full" repeats a layer's products, except the dense network's last: nothing reads its result
-    but the next layer, whose input is kept. "dots" keeps the products with weights, except with
+    but the next layer, whose input is kept, unless it is `gated`. "dots" keeps the products with weights, except with
     experts: those are batched.
     """
     if remat == "none" or "layers" not in w.axes.batch:
@@ -92,4 +92,4 @@ def _again(w: Product, remat: Remat) -> int:
         return w.entries
     if remat == "dots":
         return 0
-    return w.inner if w.axes.inputs == ("mlp",) else w.entries
+    return w.inner if w.axes.inputs == ("mlp",) and not gated else w.entries
