@@ -57,7 +57,7 @@ class MovingAverage(nnx.Module):
     def __call__(
         self, x: jax.Array, context: Context, state: Tree = None
     ) -> tuple[jax.Array, Tree, dict[str, jax.Array]]:
-        modes = {
+        modes: dict[str, Any] = {
             "alpha": jax.nn.sigmoid(self.alpha.get_value()),
             "delta": jax.nn.sigmoid(self.delta.get_value()),
             "beta": self.beta.get_value(),

@@ -209,8 +209,8 @@ def laplace(
     positions, segments = context.positions, context.segments
     options: dict[str, Any] = {"pattern": pattern, "content": content}
     if cache is None:
-        at = {"positions": positions, "segments": segments, "aligned": context.aligned}
-        return laplace_row(q, k, v, **at, **options), None
+        options |= {"positions": positions, "segments": segments, "aligned": context.aligned}
+        return laplace_row(q, k, v, **options), None
     wide = max(k.shape[-1], v.shape[-1])
     q, k, v = (_padded(x, wide) for x in (q, k, v))
     cache = write_cache(cache, k, v, positions, segments)

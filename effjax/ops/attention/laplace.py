@@ -153,8 +153,8 @@ class Row(NamedTuple):
     segments: Array
 
 
-NOTHING = Row(*(np.array(x) for x in (0, 0, 0, -1, 0)))
-"""What stands where no token does."""
+NOTHING = (0, 0, 0, -1, 0)
+"""What stands in a `Row` where no token does."""
 
 
 def _read(own: Row, keys: Row, pattern: Pattern, content: int | None) -> Array:

@@ -17,7 +17,7 @@ in its released code alone (`MultiHeadEMA`), https://github.com/facebookresearch
 decay by difference of positions, and reset by segment, where the paper has one unpadded document.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -183,10 +183,10 @@ def two_sided_ema(
     Source: Ma et al. 2022, section 3, https://arxiv.org/abs/2209.10655; released code, with its
     default `shift`.
     """
-    each = [
+    each: list[dict[str, Any]] = [
         {"alpha": alpha[i], "delta": delta[i], "beta": beta[i], "eta": eta[i]} for i in range(2)
     ]
-    options = {"chunk": chunk, "aligned": aligned}
+    options: dict[str, Any] = {"chunk": chunk, "aligned": aligned}
     before, _ = damped_ema(
         u, **each[0], omega=omega, positions=positions, segments=segments, **options
     )
@@ -243,7 +243,9 @@ def recurrent_ema(
     """
     phi, P = 1 - alpha * delta, alpha.shape[1]
 
-    def step(carry: tuple[Array, ...], token: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
+    def step(
+        carry: tuple[Array, Array, Array], token: tuple[Array, ...]
+    ) -> tuple[tuple[Array, Array, Array], Array]:
         h, position, segment = carry
         u, p, s = token
         live, same = p >= 0, (position >= 0) & (s == segment)
