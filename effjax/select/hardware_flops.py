@@ -83,8 +83,8 @@ def _again(w: Product, remat: Remat, gated: bool) -> int:
     """Multiply-adds that the backward pass repeats; products outside the layers are never.
 
     "full" repeats a layer's products, except the dense network's last: nothing reads its result
-    but the next layer, whose input is kept, unless it is `gated`. "dots" keeps the products with weights, except with
-    experts: those are batched.
+    but the next layer, whose input is kept, unless it is `gated`. "dots" keeps the products with
+    weights, except with experts: those are batched.
     """
     if remat == "none" or "layers" not in w.axes.batch:
         return 0
