@@ -24,6 +24,7 @@ from effjax.models.sections import (
     Mamba2Config,
     MambaConfig,
     MegaConfig,
+    MonarchConfig,
     PapaConfig,
     PositionConfig,
     RetentionConfig,
@@ -80,7 +81,7 @@ class StackConfig:
     hidden: int = 512
     layers: int = 4
     pattern: tuple[Kind, ...] = ("attention",)
-    feedforward: Literal["dense", "switch", "channel_mixing"] = "dense"
+    feedforward: Literal["dense", "switch", "channel_mixing", "monarch"] = "dense"
     dtype: Literal["float32", "bfloat16"] = "float32"
     dropout: float = 0.0
     cross: bool = False
@@ -121,6 +122,7 @@ class StackConfig:
     ema: EMAConfig = field(default_factory=EMAConfig)
     mega: MegaConfig = field(default_factory=MegaConfig)
     hyena: HyenaConfig = field(default_factory=HyenaConfig)
+    monarch: MonarchConfig = field(default_factory=MonarchConfig)
     sgconv: SGConvConfig = field(default_factory=SGConvConfig)
     switch: SwitchConfig = field(default_factory=SwitchConfig)
 

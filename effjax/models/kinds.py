@@ -48,6 +48,7 @@ Kind = Literal[
     "mega",
     "mega_chunk",
     "fnet",
+    "monarch_mixer",
     "hyena",
     "sgconv",
 ]
@@ -133,6 +134,7 @@ DECODER_ONLY: tuple[Kind, ...] = (
     "aft_conv",
     "hyena",
     "sgconv",
+    "monarch_mixer",
 )
 """The kinds that only ever look back: in an encoder, a token would not know what follows it."""
 

@@ -127,6 +127,11 @@ def kind(name: str) -> str:
     return MEMBERS[name].pattern[0]
 
 
+def leak(name: str) -> float:
+    """What a token may change that is not seen: rounding, of transforms of whole rows."""
+    return LEAK.get(MIXERS[name].causality, 0.0) if name in MIXERS else 0.0
+
+
 def claims(name: str) -> np.ndarray:
     """[t s]: which tokens s a mixer or network claims to see at t: of a pattern, what it allows."""
     if name in FEEDFORWARDS:
@@ -272,7 +277,7 @@ def test_an_earlier_token_changes_every_logit_that_claims_to_see_it(name):
     model, tokens = member(name), texts(0)
     changed = tokens.copy()
     changed[:, 3] = (changed[:, 3] + 1) % BASE.vocab
-    moved = np.abs(model.row(changed) - model.row(tokens)).max(axis=(0, 2)) > 0
+    moved = np.abs(model.row(changed) - model.row(tokens)).max(axis=(0, 2)) > leak(kind(name))
     # A token reaches one step further with every layer.
     reached = np.linalg.matrix_power(claims(kind(name)).astype(int), BASE.layers)[:, 3] > 0
     np.testing.assert_array_equal(moved, reached)
@@ -450,7 +455,7 @@ def test_outputs_have_derivatives_by_all_that_they_see_and_nothing_else(name):
     t, s = np.mgrid[:T, :T]
     if name in MEMORIES:  # earlier segments are read, not trained through
         visible &= s // SEGMENT == t // SEGMENT
-    assert seen[~visible].max(initial=0) == 0.0
+    assert seen[~visible].max(initial=0) <= leak(name)
     if name in STABLE:  # of what may be seen, the tokens of some row choose for some head
         assert (seen[visible] > 1e-8).mean() > 0.5
     else:
@@ -565,7 +570,11 @@ def test_the_state_is_as_large_as_its_kind_says(name):
         "mega": (layers * (average + count), layers * wide),
         "mega_chunk": (layers * (average + count + own.mega.chunk * wide), 0),
         "monarch": (layers * count, layers * slot),
-        "hyena": (layers * (2 * reach + 4 * 2 * 4 * own.width + place + 4 * 2 * 32 * own.width), 0),
+        "monarch": (layers * count, layers * slot),
+        **dict.fromkeys(
+            ("hyena", "monarch_mixer"),
+            (layers * (2 * reach + 4 * 2 * 4 * own.width + place + 4 * 2 * 32 * own.width), 0),
+        ),
         "sgconv": (layers * (reach + 4 * 32 * own.width), 0),
     }
     assert (fixed, per_token) == closed[name]

@@ -11,12 +11,14 @@ from typing import Any
 
 from effjax.models.feedforwards.channel_mixing import ChannelMixing
 from effjax.models.feedforwards.dense import DenseFeedForward
+from effjax.models.feedforwards.monarch import MonarchFeedForward
 from effjax.models.feedforwards.switch import Switch
 
 FEEDFORWARDS: dict[str, Any] = {
     "channel_mixing": ChannelMixing,
     "dense": DenseFeedForward,
+    "monarch": MonarchFeedForward,
     "switch": Switch,
 }
 
-__all__ = ["FEEDFORWARDS", "ChannelMixing", "DenseFeedForward", "Switch"]
+__all__ = ["FEEDFORWARDS", "ChannelMixing", "DenseFeedForward", "MonarchFeedForward", "Switch"]

@@ -41,6 +41,7 @@ from effjax.models.mixers.longnet import LongNetAttention
 from effjax.models.mixers.mamba import Mamba
 from effjax.models.mixers.mamba2 import Mamba2
 from effjax.models.mixers.mega import Mega, MegaChunk
+from effjax.models.mixers.monarch_mixer import MonarchMixer
 from effjax.models.mixers.papa import PapaAttention
 from effjax.models.mixers.predictable import PredictableAttention
 from effjax.models.mixers.reformer import ReformerAttention, StableReformerAttention
@@ -81,6 +82,7 @@ MIXERS: dict[str, Any] = {
     "mamba2": Mamba2,
     "mega": Mega,
     "mega_chunk": MegaChunk,
+    "monarch_mixer": MonarchMixer,
     "papa": PapaAttention,
     "predictable": PredictableAttention,
     "reformer": ReformerAttention,
@@ -130,6 +132,7 @@ __all__ = [
     "Mega",
     "MegaChunk",
     "MovingAverage",
+    "MonarchMixer",
     "PapaAttention",
     "PredictableAttention",
     "ReformerAttention",

@@ -22,7 +22,7 @@ from effjax.ops.convolution.implicit_filter import (
     implicit_filter,
     implicit_filter_flops,
 )
-from effjax.ops.convolution.long import long_convolution, long_state
+from effjax.ops.convolution.long import Form, long_convolution, long_state
 from effjax.ops.convolution.short import short_convolution, short_state
 from effjax.weights import Axes, Tree
 
@@ -44,6 +44,7 @@ class Hyena(nnx.Module):
 
     causality: ClassVar[str] = "fft"
     decodes: ClassVar[bool] = True
+    form: ClassVar[Form] = "auto"
 
     def __init__(self, config: StackConfig, rngs: nnx.Rngs):
         own, D = config.hyena, config.width
@@ -116,6 +117,7 @@ class Hyena(nnx.Module):
                 kernel.T,
                 state=None if state is None else state["long"][name],
                 aligned=context.aligned,
+                form=self.form,
                 **at,
             )
         y = self.outputs(v * gates[0])
@@ -142,7 +144,7 @@ class Hyena(nnx.Module):
     def exact_flops(cls, config: StackConfig, T: int) -> Flops:
         """Model FLOPs of what mixes the tokens of one row; filters are shared by all rows."""
         own = config.hyena
-        each = exact_long_convolution_flops(1, T, config.width, own.length)
+        each = exact_long_convolution_flops(1, T, config.width, own.length, form=cls.form)
         return Flops(*((own.order - 1) * work for work in each))
 
     @classmethod
@@ -150,7 +152,7 @@ class Hyena(nnx.Module):
         """FLOPs of the same as written, over B rows, and of the network that makes the filters."""
         own, D = config.hyena, config.width
         filters, taps = own.order - 1, _taps(own.length, T, aligned)
-        each = long_convolution_flops(B, T, D, taps, aligned=aligned)
+        each = long_convolution_flops(B, T, D, taps, form=cls.form, aligned=aligned)
         made = implicit_filter_flops(taps, own.bands, own.hidden, own.inner, filters * D)
         return Flops(*(filters * a + b for a, b in zip(each, made, strict=True)))
 

@@ -22,6 +22,7 @@ from effjax.models.sections.state_space import (
     S4Config,
     StateSpaceConfig,
 )
+from effjax.models.sections.structured import MonarchConfig
 
 __all__ = [
     "AFTConfig",
@@ -36,6 +37,7 @@ __all__ = [
     "Mamba2Config",
     "MambaConfig",
     "MegaConfig",
+    "MonarchConfig",
     "PapaConfig",
     "PositionConfig",
     "RGLRUConfig",

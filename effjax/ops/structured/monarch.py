@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from effjax.errors import ConfigError
+
 
 def near_root(size: int) -> int:
     """The divisor d of a size n that is nearest to its root, as a ratio; the larger of d and n / d.
@@ -10,6 +12,38 @@ def near_root(size: int) -> int:
     Source: Dao et al. 2022, section 3.1, https://arxiv.org/abs/2204.00595: sqrt(n) blocks.
     """
     return min(d for d in range(1, size + 1) if size % d == 0 and d * d >= size)
+
+
+def monarch_blocks(where: str, side: str, size: int, blocks: int | None) -> int:
+    """How many blocks one side of a Monarch matrix is cut into: what is given, or near the root.
+
+    where, side: what an error calls the matrix and the side.
+
+    Raises:
+        ConfigError: blocks that do not divide the size, with the nearest that do; without blocks, a
+            size that has no divisor near its root.
+
+    Source: Dao et al. 2022, section 3.1, https://arxiv.org/abs/2204.00595
+    """
+    if blocks is None:
+        nearest = near_root(size)
+        if nearest == size > 3:
+            raise ConfigError(
+                f"{where}: {size} {side} have no divisor but 1 and {size}, give blocks"
+            )
+        return nearest
+    if not isinstance(blocks, int) or isinstance(blocks, bool) or not 1 <= blocks <= size:
+        raise ConfigError(
+            f"{where}: blocks must be an integer from 1 to {size} ({side}), got {blocks!r}"
+        )
+    if size % blocks:
+        divisors = [d for d in range(1, size + 1) if size % d == 0]
+        below = max(d for d in divisors if d < blocks)
+        above = min(d for d in divisors if d > blocks)
+        raise ConfigError(
+            f"{where}: blocks must divide the {size} {side}, got {blocks}; near: {below}, {above}"
+        )
+    return blocks
 
 
 def project_monarch(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.errors import ConfigError
-from effjax.ops.structured.monarch import near_root, project_monarch
+from effjax.ops.structured.monarch import monarch_blocks, project_monarch
 from effjax.transforms._lift import core_shape, in_turn, on_bases
 from effjax.transforms._options import require_integer
 from effjax.weights import AnyWeight, Axes, Monarch, Tree, Where
@@ -45,7 +45,7 @@ def monarch(
     def one(path: str, w: AnyWeight, ax: Axes) -> Monarch:
         _, inputs, outputs = core_shape(w, ax)
         sides = zip(("inputs", "outputs"), map(math.prod, (inputs, outputs)), wanted, strict=True)
-        grid = [_divisor(f"monarch at {path!r}", *side) for side in sides]
+        grid = [monarch_blocks(f"monarch at {path!r}", *side) for side in sides]
         height, width = math.prod(inputs) // grid[0], math.prod(outputs) // grid[1]
         why = f"blocks of {height} inputs and {width} outputs"
         require_integer(f"monarch at {path!r}", "rank", rank, 1, min(height, width), why)
@@ -82,24 +82,4 @@ def _require_blocks(blocks: int | Sequence[int] | None) -> Sequence[int | None]:
         return blocks, blocks
     if not isinstance(blocks, Sequence) or isinstance(blocks, str) or len(blocks) != 2:
         raise ConfigError(f"monarch: blocks must be a number or two, got {blocks!r}")
-    return blocks
-
-
-def _divisor(where: str, side: str, size: int, blocks: int | None) -> int:
-    """The number of blocks of one side: what is given, or near the root."""
-    if blocks is None:
-        nearest = near_root(size)
-        if nearest == size > 3:
-            raise ConfigError(
-                f"{where}: {size} {side} have no divisor but 1 and {size}, give blocks"
-            )
-        return nearest
-    require_integer(where, "blocks", blocks, 1, size, f"{size} {side}")
-    if size % blocks:
-        divisors = [d for d in range(1, size + 1) if size % d == 0]
-        below = max(d for d in divisors if d < blocks)
-        above = min(d for d in divisors if d > blocks)
-        raise ConfigError(
-            f"{where}: blocks must divide the {size} {side}, got {blocks}; near: {below}, {above}"
-        )
     return blocks

@@ -1,0 +1,21 @@
+"""Sections of a model's config about structured matrices."""
+
+from dataclasses import dataclass
+
+from effjax.config import require_positive, require_types
+
+
+@dataclass(frozen=True)
+class MonarchConfig:
+    """Monarch matrices in a Monarch mixer's projections and in the feed-forward network "monarch".
+
+    blocks: how many inputs and outputs are cut into, which must divide both (None: near the root of
+    each, 1.5 powers of the size for numbers and products). rank: of each block.
+    """
+
+    blocks: int | None = None
+    rank: int = 1
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        require_positive(self, "blocks", "rank")
