@@ -15,18 +15,23 @@ from effjax.models.sections import (
     AFTConfig,
     AFTConvConfig,
     AttentionConfig,
+    DeltaRuleConfig,
     DSSConfig,
     EMAConfig,
+    GatedDeltaRuleConfig,
     GatedLinearAttentionConfig,
     GSSConfig,
     H3Config,
     HyenaConfig,
+    LinearAttentionConfig,
     Mamba2Config,
     MambaConfig,
     MegaConfig,
     MonarchConfig,
     PapaConfig,
+    PerformerConfig,
     PositionConfig,
+    RandomFeatureConfig,
     RetentionConfig,
     RGLRUConfig,
     RWKVConfig,
@@ -54,6 +59,11 @@ HEADED: dict[Kind, bool] = {
     "retention": True,
     "mamba2": False,
     "gated_linear_attention": False,
+    "linear_attention": False,
+    "performer": False,
+    "rfa": False,
+    "delta_rule": False,
+    "gated_delta_rule": False,
     "h3": False,
     "aft_conv": False,
 }
@@ -111,6 +121,11 @@ class StackConfig:
     gated_linear_attention: GatedLinearAttentionConfig = field(
         default_factory=GatedLinearAttentionConfig
     )
+    linear_attention: LinearAttentionConfig = field(default_factory=LinearAttentionConfig)
+    performer: PerformerConfig = field(default_factory=PerformerConfig)
+    rfa: RandomFeatureConfig = field(default_factory=RandomFeatureConfig)
+    delta_rule: DeltaRuleConfig = field(default_factory=DeltaRuleConfig)
+    gated_delta_rule: GatedDeltaRuleConfig = field(default_factory=GatedDeltaRuleConfig)
     state_space: StateSpaceConfig = field(default_factory=StateSpaceConfig)
     s4: S4Config = field(default_factory=S4Config)
     dss: DSSConfig = field(default_factory=DSSConfig)

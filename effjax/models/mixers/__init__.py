@@ -23,10 +23,12 @@ from effjax.models.mixers.aft import AFTConv, AFTFull, AFTLocal, AFTSimple
 from effjax.models.mixers.attention import Attention, WindowAttention
 from effjax.models.mixers.bigbird import BigBirdAttention
 from effjax.models.mixers.compressive import CompressiveAttention
+from effjax.models.mixers.delta_rule import DeltaRule
 from effjax.models.mixers.dss import DSS
 from effjax.models.mixers.ema import MovingAverage
 from effjax.models.mixers.etc import ETCAttention
 from effjax.models.mixers.fnet import FNet
+from effjax.models.mixers.gated_delta_rule import GatedDeltaRule
 from effjax.models.mixers.gated_linear_attention import GatedLinearAttention
 from effjax.models.mixers.gss import GatedStateSpace
 from effjax.models.mixers.h3 import H3
@@ -36,6 +38,7 @@ from effjax.models.mixers.learned_hash import (
     LearnedHashAttention,
     StableLearnedHashAttention,
 )
+from effjax.models.mixers.linear_attention import LinearAttention
 from effjax.models.mixers.longformer import DilatedAttention, LongformerAttention
 from effjax.models.mixers.longnet import LongNetAttention
 from effjax.models.mixers.mamba import Mamba
@@ -43,7 +46,9 @@ from effjax.models.mixers.mamba2 import Mamba2
 from effjax.models.mixers.mega import Mega, MegaChunk
 from effjax.models.mixers.monarch_mixer import MonarchMixer
 from effjax.models.mixers.papa import PapaAttention
+from effjax.models.mixers.performer import Performer
 from effjax.models.mixers.predictable import PredictableAttention
+from effjax.models.mixers.random_feature_attention import RandomFeatureAttention
 from effjax.models.mixers.reformer import ReformerAttention, StableReformerAttention
 from effjax.models.mixers.retention import Retention
 from effjax.models.mixers.rg_lru import RGLRU
@@ -64,18 +69,21 @@ MIXERS: dict[str, Any] = {
     "attention": Attention,
     "bigbird": BigBirdAttention,
     "compressive": CompressiveAttention,
+    "delta_rule": DeltaRule,
     "dilated": DilatedAttention,
     "dss": DSS,
     "ema": MovingAverage,
     "etc": ETCAttention,
     "fixed": FixedAttention,
     "fnet": FNet,
+    "gated_delta_rule": GatedDeltaRule,
     "gated_linear_attention": GatedLinearAttention,
     "gss": GatedStateSpace,
     "h3": H3,
     "infinity": InfinityAttention,
     "learned_hash": LearnedHashAttention,
     "learned_hash_stable": StableLearnedHashAttention,
+    "linear_attention": LinearAttention,
     "longformer": LongformerAttention,
     "longnet": LongNetAttention,
     "mamba": Mamba,
@@ -84,10 +92,12 @@ MIXERS: dict[str, Any] = {
     "mega_chunk": MegaChunk,
     "monarch_mixer": MonarchMixer,
     "papa": PapaAttention,
+    "performer": Performer,
     "predictable": PredictableAttention,
     "reformer": ReformerAttention,
     "reformer_stable": StableReformerAttention,
     "retention": Retention,
+    "rfa": RandomFeatureAttention,
     "rg_lru": RGLRU,
     "routing": RoutingAttention,
     "routing_stable": StableRoutingAttention,
@@ -116,25 +126,30 @@ __all__ = [
     "Attention",
     "BigBirdAttention",
     "CompressiveAttention",
+    "DeltaRule",
     "DilatedAttention",
     "ETCAttention",
     "FNet",
     "FixedAttention",
+    "GatedDeltaRule",
     "GatedLinearAttention",
     "GatedStateSpace",
     "Hyena",
     "InfinityAttention",
     "LearnedHashAttention",
+    "LinearAttention",
     "LongNetAttention",
     "LongformerAttention",
     "Mamba",
     "Mamba2",
     "Mega",
     "MegaChunk",
-    "MovingAverage",
     "MonarchMixer",
+    "MovingAverage",
     "PapaAttention",
+    "Performer",
     "PredictableAttention",
+    "RandomFeatureAttention",
     "ReformerAttention",
     "Retention",
     "RoutingAttention",

@@ -2,6 +2,13 @@
 
 from effjax.models.sections.attention import AttentionConfig, PapaConfig, PositionConfig
 from effjax.models.sections.convolution import HyenaConfig, SGConvConfig
+from effjax.models.sections.linear_attention import (
+    DeltaRuleConfig,
+    GatedDeltaRuleConfig,
+    LinearAttentionConfig,
+    PerformerConfig,
+    RandomFeatureConfig,
+)
 from effjax.models.sections.mixture import SwitchConfig
 from effjax.models.sections.recurrence import (
     AFTConfig,
@@ -29,19 +36,24 @@ __all__ = [
     "AFTConvConfig",
     "AttentionConfig",
     "DSSConfig",
+    "DeltaRuleConfig",
     "EMAConfig",
     "GSSConfig",
+    "GatedDeltaRuleConfig",
     "GatedLinearAttentionConfig",
     "H3Config",
     "HyenaConfig",
+    "LinearAttentionConfig",
     "Mamba2Config",
     "MambaConfig",
     "MegaConfig",
     "MonarchConfig",
     "PapaConfig",
+    "PerformerConfig",
     "PositionConfig",
     "RGLRUConfig",
     "RWKVConfig",
+    "RandomFeatureConfig",
     "RetentionConfig",
     "S4Config",
     "SGConvConfig",

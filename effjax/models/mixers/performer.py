@@ -1,0 +1,71 @@
+"""Performer: soft-max attention estimated by positive orthogonal random features."""
+
+from typing import Any, ClassVar
+
+import jax
+
+from effjax.models.configs import StackConfig
+from effjax.models.context import Context
+from effjax.models.functional import Constant, Keys
+from effjax.models.kinds import Kind
+from effjax.models.mixers.linear_attention import LinearAttention
+from effjax.ops.accounting import Flops
+from effjax.ops.recurrence.performer import (
+    orthogonal_projection,
+    performer_attention,
+    performer_state,
+    two_sided_performer_attention,
+)
+from effjax.weights import Axes, Tree
+
+
+class Performer(LinearAttention):
+    """o(FAVOR+(q(x), k(x), v(x))): linear attention whose features estimate soft-max's kernel.
+
+    All heads share one projection, as in the authors' code. It is drawn when the model is built and
+    is a constant; the paper draws it anew from time to time in training, which is a function of the
+    params: `orthogonal_projection(key, old.shape)` in the place of each `projection`.
+
+    Source: Choromanski et al. 2021, "Rethinking Attention with Performers",
+    https://arxiv.org/abs/2009.14794
+    """
+
+    kind: ClassVar[Kind] = "performer"
+
+    def __init__(self, config: StackConfig, rngs: Keys):
+        super().__init__(config, rngs)
+        shape = (config.performer.features, config.head_dim("performer"))
+        self.projection = Constant(
+            orthogonal_projection(rngs(), shape), axes=Axes((), ("rank", "head"))
+        )
+
+    def init_state(
+        self, batch: int, max_length: int, piece: int, dtype: Any, memory: Any = None
+    ) -> Tree:
+        """S [B N R Hv+1] and the largest exponents [B N] in float32, whatever the length."""
+        heads, value_dim = self.v.weight.shape[-2:]
+        return performer_state(batch, heads, self.projection.get_value().shape[0], value_dim)
+
+    def __call__(
+        self, x: jax.Array, context: Context, state: Tree = None
+    ) -> tuple[jax.Array, Tree, dict[str, jax.Array]]:
+        x = context.clear(x)
+        heads = self.q(x), self.k(x), self.v(x), self.projection.get_value()
+        at = {"positions": context.positions, "segments": context.segments, "chunk": self.chunk}
+        if self.causal:
+            y, state = performer_attention(*heads, **at, state=state)
+        else:
+            y = two_sided_performer_attention(*heads, **at, aligned=context.aligned)
+        return self.o(y), state, {}
+
+    @classmethod
+    def features(cls, config: StackConfig) -> int:
+        """Features of a head's query or key."""
+        return config.performer.features
+
+    @classmethod
+    def feature_flops(cls, config: StackConfig, tokens: int) -> Flops:
+        """FLOPs of projecting queries and keys; the projection itself has no gradient."""
+        heads, features, head_dim = cls._sizes(config)
+        forward = 4 * tokens * heads * features * head_dim
+        return Flops(forward, forward)
