@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from effjax.data.batch import Batch
-from effjax.data.packing import Packed
+from effjax.data.examples import RowSource
 from effjax.errors import CheckpointError, ConfigError, DataError
 
 # Part of every position: an order made by another algorithm is another order.
@@ -14,7 +14,7 @@ ORDER = "philox-sort-1"
 
 
 class ArrayLoader:
-    """Endless shuffled batches of packed rows; epoch e is a permutation that (seed, e) determines.
+    """Endless shuffled batches of packed rows or examples; (seed, e) permutes those of epoch e.
 
     Batches flow over the epoch's edge: when the batch does not divide the rows, the batch at the
     edge ends one epoch and begins the next, so each row comes exactly once an epoch and none is
@@ -28,7 +28,7 @@ class ArrayLoader:
 
     def __init__(
         self,
-        packed: Packed,
+        packed: RowSource,
         batch: int,
         seed: int,
         *,
@@ -135,7 +135,7 @@ class ArrayLoader:
         }
 
 
-def in_order(packed: Packed, batch: int) -> Iterator[Batch]:
+def in_order(packed: RowSource, batch: int) -> Iterator[Batch]:
     """Every row exactly once, in order; rows of padding fill the last batch. For evaluation."""
     if batch < 1:
         raise ConfigError(f"batch must be at least 1 row, got {batch}")
@@ -144,7 +144,9 @@ def in_order(packed: Packed, batch: int) -> Iterator[Batch]:
         yield packed.rows(np.where(index < packed.count, index, -1))
 
 
-def _check(packed: Packed, batch: int, seed: int, process_index: int, process_count: int) -> None:
+def _check(
+    packed: RowSource, batch: int, seed: int, process_index: int, process_count: int
+) -> None:
     if batch < 1:
         raise ConfigError(f"batch must be at least 1 row, got {batch}")
     if not 0 <= seed < 2**64:
