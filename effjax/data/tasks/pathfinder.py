@@ -9,7 +9,7 @@ from effjax.config import require_finite, require_positive, require_types
 from effjax.errors import ConfigError
 
 Dash = tuple[tuple[float, float], tuple[float, float]]
-_TRIES, _TURNS = 40, 6  # of a curve, and of a dash
+_IMAGES, _TRIES, _TURNS = 100, 40, 6  # of an image, of a curve, and of a dash
 _INK, _DOT = 1.2, 1.8  # widths of dashes and radii of dots, in pixels
 
 
@@ -34,7 +34,7 @@ class Pathfinder:
     dash: float = 1.6
     gap: float = 1.2
     turn: float = 0.7
-    clearance: float = 2.0
+    clearance: float = 1.6
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -69,9 +69,17 @@ class Pathfinder:
         return np.stack(images).reshape(count, -1).astype(np.int32), targets
 
     def image(self, random: np.random.Generator, connected: bool) -> np.ndarray:
-        """One image [side, side] of intensities."""
-        while (curves := self._curves(random)) is None:
-            pass
+        """One image [side, side] of intensities.
+
+        Raises ConfigError where curves of these sizes find no room.
+        """
+        for _ in range(_IMAGES):
+            if (curves := self._curves(random)) is not None:
+                break
+        else:
+            raise ConfigError(
+                f"Pathfinder: {_IMAGES} drawings of curves found no room for all, with {self}"
+            )
         first, second = curves[:2]
         dots = (first[0][0], first[-1][1]) if connected else (first[0][0], second[-1][1])
         return self._rastered(np.concatenate([*curves, *([[dot, dot]] for dot in dots)]))
@@ -95,6 +103,7 @@ class Pathfinder:
 
     def _curve(self, random: np.random.Generator, dashes: int, taken: np.ndarray) -> list[Dash]:
         """One curve inside, away from what is taken and from itself; or as far as it came."""
+        near = 1 + math.ceil((self.dash + self.clearance) / (self.dash + self.gap))
         taken = taken.copy()
         made: list[Dash] = []
         (y, x), heading = random.uniform(2, self.side - 3, 2), random.uniform(0, 2 * math.pi)
@@ -106,8 +115,8 @@ class Pathfinder:
                     break
             else:
                 return made
-            if len(made) > 1:  # its neighbours stand nearer than the clearance
-                self._take(taken, made[-2])
+            if len(made) >= near:
+                self._take(taken, made[-near])
             made.append(dash)
             heading += turn
             y, x = y + (self.dash + self.gap) * dy, x + (self.dash + self.gap) * dx

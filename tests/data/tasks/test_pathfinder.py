@@ -1,14 +1,16 @@
 """Pathfinder: what the label says can be seen in the picture."""
 
 import numpy as np
+import pytest
 from scipy import ndimage
 
 from effjax.data.tasks import Pathfinder, examples
+from effjax.errors import ConfigError
 
 
 def test_dots_are_connected_where_the_label_says_so():
     """Without gaps or distractors a curve is one connected blot, so that a flood fill decides."""
-    task = Pathfinder(side=32, dashes=9, dash=1.6, gap=0.2, distractors=0, clearance=3.8)
+    task = Pathfinder(side=32, dashes=7, dash=1.6, gap=0.2, distractors=0, clearance=3.8)
     random = np.random.default_rng(0)
     for connected in (True, False) * 8:
         image = task.image(random, connected)
@@ -35,3 +37,12 @@ def test_path_x_has_the_length_that_it_is_known_for():
     task = Pathfinder(side=128, dashes=20, dash=5.0, gap=3.0, clearance=5.0)
     assert task.length == 16384
     assert examples(task, 1, 0).tokens.shape == (1, 16384)
+
+
+def test_curves_without_room_are_refused_and_do_not_hang():
+    task = Pathfinder(side=20, dashes=12, turn=0.0, dash=1.0, gap=0.2, clearance=0.5)
+    with pytest.raises(ConfigError, match="found no room for all"):
+        Pathfinder(side=20, dashes=16, turn=0.0, dash=1.0, gap=0.2, clearance=0.5).image(
+            np.random.default_rng(0), True
+        )
+    assert task.image(np.random.default_rng(0), True).shape == (20, 20)
