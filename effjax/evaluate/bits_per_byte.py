@@ -9,9 +9,7 @@ import jax
 import numpy as np
 
 from effjax.errors import DataError
-
-RESAMPLES = 1000
-CONFIDENCE = 0.95
+from effjax.evaluate.bootstrap import ratio_interval
 
 
 @dataclass(frozen=True)
@@ -71,20 +69,9 @@ def bits_per_byte(
     live = counts > 0
     low, high = None, None
     if rows and live.sum() > 1:
-        low, high = _interval(nats[live], counts[live], tokens * bits, seed)
+        low, high = ratio_interval(nats[live], counts[live], tokens * bits, seed)
     return BitsPerByte(float(nats.sum() * bits), low, high, float(nats.sum()), tokens, size)
 
 
 def _joined(parts: Iterable[Any]) -> np.ndarray:
     return np.concatenate([np.zeros(0), *(np.atleast_1d(part).astype(float) for part in parts)])
-
-
-def _interval(nats: np.ndarray, counts: np.ndarray, scale: float, seed: int) -> tuple[float, float]:
-    """The percentile bootstrap of scale * sum(nats) / sum(counts) over rows."""
-    random = np.random.default_rng(seed)
-    # Multinomial weights are the draws' multiplicities: memory for them, not for every drawn row.
-    weights = random.multinomial(len(nats), np.full(len(nats), 1 / len(nats)), RESAMPLES)
-    draws = scale * (weights @ nats) / (weights @ counts)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    return float(low), float(high)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.data.batch import Batch
+from effjax.data.examples import RowSource
 from effjax.data.loader import ArrayLoader
-from effjax.data.packing import Packed
 from effjax.models.configs import DecoderConfig
 from effjax.models.decoder import decoder
 from effjax.training.objective import language_model_objective
@@ -54,8 +54,8 @@ def train_seeds(
     return jax.vmap(lambda s: s.params)(state), np.array(losses)
 
 
-def seeded_batches(packed: Packed, batch: int, seeds: Sequence[int]) -> Iterator[Batch]:
-    """Batches [seeds B T] of a text without end, each seed in an order of its own."""
+def seeded_batches(packed: RowSource, batch: int, seeds: Sequence[int]) -> Iterator[Batch]:
+    """Batches [seeds B T] of a text or of examples, endless, each seed in an order of its own."""
     loaders = [ArrayLoader(packed, batch, seed) for seed in seeds]
     while True:
         parts = [next(loader) for loader in loaders]
