@@ -1,6 +1,7 @@
 """A dense layer whose kernel is a Monarch matrix from the start."""
 
 import math
+from typing import Any
 
 import jax
 from flax import nnx
@@ -8,6 +9,7 @@ from flax import nnx
 from effjax.errors import ConfigError
 from effjax.models.functional import Keys
 from effjax.models.layers import Dense, Sizes
+from effjax.models.sections import MonarchConfig
 from effjax.ops.structured.monarch import monarch_blocks
 from effjax.weights import Axes, Monarch
 
@@ -28,28 +30,25 @@ class MonarchDense(Dense):
         inputs: Sizes,
         outputs: Sizes,
         rngs: Keys,
+        own: MonarchConfig,
         *,
-        blocks: int | None = None,
-        rank: int = 1,
         gain: float = 1.0,
     ):
-        sizes = [[size for _, size in side] for side in (inputs, outputs)]
-        flat = [math.prod(side) for side in sizes]
-        names = [tuple(name for name, _ in side) for side in (inputs, outputs)]
-        where = f"monarch kernel from {'/'.join(names[0])} to {'/'.join(names[1])}"
-        K, L = (
-            monarch_blocks(where, side, size, blocks)
-            for side, size in zip(("inputs", "outputs"), flat, strict=True)
-        )
-        if rank > min(flat[0] // K, flat[1] // L):
+        (into, heights), (out, widths) = (zip(*side, strict=True) for side in (inputs, outputs))
+        where = f"monarch kernel from {'/'.join(into)} to {'/'.join(out)}"
+        K = monarch_blocks(where, "inputs", math.prod(heights), own.blocks)
+        L = monarch_blocks(where, "outputs", math.prod(widths), own.blocks)
+        height, width = math.prod(heights) // K, math.prod(widths) // L
+        if own.rank > min(height, width):
             raise ConfigError(
-                f"{where}: rank must be at most {min(flat[0] // K, flat[1] // L)}, the smaller "
-                f"side of a block of {flat[0] // K} by {flat[1] // L}, got {rank}"
+                f"{where}: rank must be at most {min(height, width)}, the smaller side of a block "
+                f"of {height} by {width}, got {own.rank}"
             )
         self.spec = spec
-        right = _normal(rngs, 1.0, flat[0] // K, *sizes[0], L, rank)
-        left = _normal(rngs, gain, K * rank, K, rank, *sizes[1])
-        self.kernel = nnx.Param(Monarch(right, left, len(sizes[0])), axes=Axes(*names))
+        right = _normal(rngs, 1.0, height, *heights, L, own.rank)
+        left = _normal(rngs, gain, K * own.rank, K, own.rank, *widths)
+        kernel: Any = Monarch(right, left, len(heights))
+        self.kernel = nnx.Param(kernel, axes=Axes(into, out))
 
 
 def _normal(rngs: Keys, gain: float, terms: int, *shape: int) -> jax.Array:

@@ -89,7 +89,7 @@ class Product(NamedTuple):
 
     entries: multiply-adds of one row that meets all of it. learned: of them, those whose weight
     has a gradient. inner: of them, those whose result the gradient of a second factor reads.
-    experts: a token meets one of so many parts.
+    experts: a token meets one of so many parts. batched: its products have batch axes.
     """
 
     axes: Axes
@@ -97,6 +97,7 @@ class Product(NamedTuple):
     learned: int
     inner: int
     experts: int
+    batched: bool
 
 
 class Parts(NamedTuple):
@@ -140,7 +141,8 @@ def _product(config: DecoderConfig, w: AnyWeight, part: Any, axes: Axes) -> Prod
     if trained and isinstance(w, Factored | LowRank | Monarch):
         inner = w.right.size if isinstance(w, Monarch) else w.a.size
     experts = config.switch.experts if "experts" in axes.batch else 1
-    return Product(axes, _entries(w), factors * trained, inner, experts)
+    batched = experts > 1 or isinstance(w, Monarch)
+    return Product(axes, _entries(w), factors * trained, inner, experts, batched)
 
 
 def _entries(w: AnyWeight) -> int:

@@ -84,12 +84,12 @@ def _again(w: Product, remat: Remat, gated: bool) -> int:
 
     "full" repeats a layer's products, except the dense network's last: nothing reads its result
     but the next layer, whose input is kept, unless it is `gated`. "dots" keeps the products with
-    weights, except with experts: those are batched.
+    weights, except with experts and Monarch matrices: those are batched.
     """
     if remat == "none" or "layers" not in w.axes.batch:
         return 0
     if w.experts > 1:
         return w.entries
-    if remat == "dots":
+    if remat == "dots" and not w.batched:
         return 0
     return w.inner if w.axes.inputs == ("mlp",) and not gated else w.entries

@@ -14,10 +14,7 @@ class MonarchFeedForward(DenseFeedForward):
     """
 
     def __init__(self, config: StackConfig, rngs: Keys):
-        own = config.monarch
+        own, gain = config.monarch, config.residual_gain
         width, hidden = (("embed", config.width),), (("mlp", config.hidden),)
-        options = {"blocks": own.blocks, "rank": own.rank}
-        self.up = MonarchDense("btd,df->btf", width, hidden, rngs, **options)
-        self.down = MonarchDense(
-            "btf,fd->btd", hidden, width, rngs, gain=config.residual_gain, **options
-        )
+        self.up = MonarchDense("btd,df->btf", width, hidden, rngs, own)
+        self.down = MonarchDense("btf,fd->btd", hidden, width, rngs, own, gain=gain)

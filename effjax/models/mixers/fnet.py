@@ -8,6 +8,7 @@ from flax import nnx
 from effjax.errors import ConfigError
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
+from effjax.models.functional import Keys
 from effjax.ops.accounting import Flops
 from effjax.ops.structured.fourier import fourier_mixing, fourier_mixing_flops
 
@@ -28,7 +29,7 @@ class FNet(nnx.Module):
     causality: ClassVar[str] = "none"
     decodes: ClassVar[bool] = False
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         pass
 
     def init_state(self, *sizes: Any) -> Any:

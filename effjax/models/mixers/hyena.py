@@ -8,7 +8,7 @@ from flax import nnx
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
-from effjax.models.functional import Constant
+from effjax.models.functional import Constant, Keys
 from effjax.models.layers import Dense
 from effjax.ops.accounting import Flops
 from effjax.ops.convolution.accounting import (
@@ -46,7 +46,7 @@ class Hyena(nnx.Module):
     decodes: ClassVar[bool] = True
     form: ClassVar[Form] = "auto"
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         own, D = config.hyena, config.width
         self.length, self.shift = own.length, own.shift
         N, E, F = own.order, 2 * own.bands + 1, own.hidden

@@ -31,10 +31,7 @@ class MonarchMixer(Hyena):
 
     def __init__(self, config: StackConfig, rngs: Keys):
         super().__init__(config, rngs)
-        options = {"blocks": config.monarch.blocks, "rank": config.monarch.rank}
-        gates = config.hyena.order + 1
+        own, gain, gates = config.monarch, config.residual_gain, config.hyena.order + 1
         width, branches = (("embed", config.width),), (("gate", gates), ("embed", config.width))
-        self.inputs = MonarchDense("btd,dge->btge", width, branches, rngs, **options)
-        self.outputs = MonarchDense(
-            "btd,de->bte", width, width, rngs, gain=config.residual_gain, **options
-        )
+        self.inputs = MonarchDense("btd,dge->btge", width, branches, rngs, own)
+        self.outputs = MonarchDense("btd,de->bte", width, width, rngs, own, gain=gain)

@@ -39,10 +39,11 @@ def naive_fourier_mixing(
     e = jnp.arange(x.shape[2])
     angles = [2 * jnp.pi * a for a in (turns, jnp.outer(e, e) % x.shape[2] / x.shape[2])]
     rows, features = [(jnp.cos(a).astype(x.dtype), jnp.sin(a).astype(x.dtype)) for a in angles]
-    return sum(
-        sign * jnp.einsum("bts,bsd,de->bte", jnp.where(same, of_rows, 0), x, of_features)
-        for sign, of_rows, of_features in zip((1, -1), rows, features, strict=True)
+    cosines, sines = (
+        jnp.einsum("bts,bsd,de->bte", jnp.where(same, of_rows, 0), x, of_features)
+        for of_rows, of_features in zip(rows, features, strict=True)
     )
+    return cosines - sines
 
 
 def fourier_mixing(

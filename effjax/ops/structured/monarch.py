@@ -1,5 +1,7 @@
 """The Monarch matrix nearest to a dense one, block by block."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -14,7 +16,7 @@ def near_root(size: int) -> int:
     return min(d for d in range(1, size + 1) if size % d == 0 and d * d >= size)
 
 
-def monarch_blocks(where: str, side: str, size: int, blocks: int | None) -> int:
+def monarch_blocks(where: str, side: str, size: int, blocks: Any) -> int:
     """How many blocks one side of a Monarch matrix is cut into: what is given, or near the root.
 
     where, side: what an error calls the matrix and the side.

@@ -11,7 +11,7 @@ def flat_butterfly(blocks: int, stride: int) -> Bool[np.ndarray, "M M"]:
     The union of the patterns of the factors of a butterfly. stride: a power of two below M; 0 keeps
     the diagonal alone.
 
-    Source: Chen et al. 2021, "Pixelated Butterfly", definition 3.4 (flat butterfly of a maximal
+    Source: Chen et al. 2021, "Pixelated Butterfly", section 3 (flat butterfly of a maximal
     stride), https://arxiv.org/abs/2112.00029
     """
     i, j = np.mgrid[:blocks, :blocks]
@@ -36,7 +36,8 @@ def fit_pixelated(
     Returns:
         blocks, a and b, as in `effjax.weights.PixelatedButterfly`.
 
-    Source: Zhou and Tao 2011, "GoDec", algorithm 1, https://icml.cc/2011/papers/41_icmlpaper.pdf,
+    Source: Zhou and Tao 2011, "GoDec", algorithm 1,
+    http://www.icml-2011.org/papers/41_icmlpaper.pdf,
     with the fixed pattern of Chen et al. 2021, https://arxiv.org/abs/2112.00029, which trains its
     parts from the start and fits none
     """

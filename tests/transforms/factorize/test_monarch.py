@@ -165,9 +165,11 @@ def test_a_model_gets_smaller_and_says_so():
     assert counted.total == hardware_forward_flops(SMALL, 3, 8, aligned=True, params=made)
     rule = optimizer(OptimizerConfig(), 10, made, axes)
     state = jax.eval_shape(lambda p: train_state(p, axes, rule, jax.random.key(0)), made)
-    step = train_step(language_model_objective(SMALL), rule)
-    counted = flops.count(step, state, Batch(*[tokens] * 4))
-    assert counted.total == hardware_training_flops(SMALL, 3, 8, params=made)
+    for remat in ("none", "full", "dots"):
+        objective = language_model_objective(SMALL, remat=None if remat == "none" else remat)
+        counted = flops.count(train_step(objective, rule), state, Batch(*[tokens] * 4))
+        closed = hardware_training_flops(SMALL, 3, 8, params=made, remat=remat)
+        assert counted.total == closed
 
 
 @pytest.mark.deep
