@@ -108,13 +108,13 @@ def _aligned(x: Array, taps: Array, past: Array | None, rows: Rows) -> Result:
         position, segment = rows.before
         same = (position >= 0) & (rows.segments[:, 0] == segment)
         row = jnp.concatenate([jnp.where(same[:, None, None], past, 0), x], axis=1)
-    y = sum(row[:, j : j + T] * tap[None, None] for j, tap in enumerate(taps))
+    y = _weighed(row, taps, None)
     return y, None if past is None else row[:, T:], None
 
 
 def _packed(x: Array, taps: Array, past: Array | None, rows: Rows) -> Result:
     """Rows of any documents and padding: live tokens are moved together, shifted, moved back."""
-    (B, T, D), before = x.shape, taps.shape[0] - 1
+    (B, _, D), before = x.shape, taps.shape[0] - 1
     time = timeline(rows)
     slot, source = _together(time.live)
     run = jnp.where(source >= 0, jnp.take_along_axis(time.run, jnp.maximum(source, 0), axis=1), -1)
@@ -122,17 +122,60 @@ def _packed(x: Array, taps: Array, past: Array | None, rows: Rows) -> Result:
     moved = move(x, source, slot)
     first = jnp.zeros((B, before, D), x.dtype) if past is None else past
     row = jnp.concatenate([first, moved], axis=1)
-    y = moved * taps[None, -1:]
-    for j, tap in enumerate(taps[:-1]):
-        same = run[:, j : j + T] == run[:, before:]
-        y = y + jnp.where(same[..., None], row[:, j : j + T], 0) * tap[None, None]
-    y = move(y, slot, source)
+    y = move(_weighed(row, taps, run), slot, source)
     if past is None:
         return y, None, time.live
     index = jnp.sum(time.live, axis=1)[:, None] + jnp.arange(before)[None]
     last = jax.vmap(lambda row, index: row[index])(row, index)
     kept = jnp.take_along_axis(run, index, axis=1) == time.run[:, -1:]
     return y, jnp.where(kept[..., None], last, 0), time.live
+
+
+@jax.custom_vjp
+def _weighed(
+    row: Float[Array, "B S D"], taps: Float[Array, "W D"], run: Int[Array, "B S"] | None
+) -> Float[Array, "B T D"]:
+    """y_t = sum_j taps_j row_{t+j} over those whose `run` is row_{t+W-1}'s; T = S - W + 1.
+
+    Its gradient is written by hand: autodiff pads what each tap gets to [W B T D] before it sums.
+    """
+    shifted = _shifts(row, run, len(taps))
+    return sum(part * taps[j][None, None] for j, part in enumerate(shifted))
+
+
+def _shifts(row: Float[Array, "B S D"], run: Int[Array, "B S"] | None, width: int) -> list[Array]:
+    """What each tap weighs: the row from there on, 0 where that is another document's."""
+    T = row.shape[1] - width + 1
+    parts = [row[:, j : j + T] for j in range(width)]
+    if run is None:
+        return parts
+    same = [run[:, j : j + T] == run[:, width - 1 :] for j in range(width)]
+    return [jnp.where(s[..., None], part, 0) for s, part in zip(same, parts, strict=True)]
+
+
+def _weighed_forward(
+    row: Array, taps: Array, run: Array | None
+) -> tuple[Array, tuple[Array, Array, Array | None]]:
+    return _weighed(row, taps, run), (row, taps, run)
+
+
+def _weighed_backward(
+    kept: tuple[Array, Array, Array | None], g: Array
+) -> tuple[Array, Array, None]:
+    row, taps, run = kept
+    (width, _), T = taps.shape, g.shape[1]
+    by_tap = jnp.stack([jnp.sum(part * g, axis=(0, 1)) for part in _shifts(row, run, width)])
+    by_row = jnp.zeros_like(row)
+    for j in range(width):
+        part = g * taps[j][None, None]
+        if run is not None:
+            same = run[:, j : j + T] == run[:, width - 1 :]
+            part = jnp.where(same[..., None], part, 0)
+        by_row += jnp.pad(part, ((0, 0), (j, width - 1 - j), (0, 0)))
+    return by_row, by_tap, None
+
+
+_weighed.defvjp(_weighed_forward, _weighed_backward)
 
 
 def _together(live: Bool[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
