@@ -29,7 +29,7 @@ import jax
 
 from effjax.models.configs import DecoderConfig
 from effjax.models.decoder import decoder
-from effjax.models.kinds import Kind
+from effjax.models.kinds import DIAGONAL, Kind
 from effjax.models.mixers import MIXERS
 from effjax.ops.accounting import Flops
 from effjax.transforms.adapt.lora import adapters
@@ -124,7 +124,7 @@ class Parts(NamedTuple):
 
     def passes(self, op: Flops, kind: Kind) -> Flops:
         """An op's FLOPs; a state space of frozen modes passes on one cotangent instead of two."""
-        if kind == "state_space" and not self.learns_modes:
+        if kind in DIAGONAL and not self.learns_modes:
             return Flops(op.forward, op.backward // 2)
         return op
 

@@ -25,6 +25,7 @@ from effjax.select.hardware_flops import (
     hardware_training_flops,
 )
 from effjax.training.objective import Totals, language_model_objective
+from effjax.weights import combine, partition
 
 B, T, D = 2, 40, 8
 BASE = DecoderConfig(
@@ -68,6 +69,27 @@ def test_a_kind_costs_its_closed_form(kind, length):
     mixer = MIXERS[kind]
     written = mixer.program_flops(config, 1, length, True)
     assert 0 < mixer.exact_flops(config, length).forward < written.forward
+
+
+@pytest.mark.parametrize("kind", ["dss", "gss", "h3"])
+def test_frozen_modes_cost_one_cotangent_less(kind):
+    """Only projections are trained: no product makes a gradient of a mode."""
+    config, where = replace(BASE, pattern=(kind,)), "**/kernel"
+    init, _, axes_of = decoder(config)
+    params = jax.eval_shape(init, jax.random.key(0))
+    trainable, frozen = partition(params, axes_of(params), where)
+    objective = language_model_objective(config)
+
+    def training(trainable, frozen, batch, key):
+        def loss(trainable):
+            return objective(combine(trainable, frozen), batch, Totals.of(batch), key)[0]
+
+        return jax.grad(loss)(trainable)
+
+    batch = Batch(*[tokens(T)] * 4)
+    counted = flops.count(training, trainable, frozen, batch, jax.random.key(0))
+    assert counted.total == hardware_training_flops(config, B, T, params=params, where=where)
+    assert counted.total < hardware_training_flops(config, B, T)
 
 
 def of(kind: str, config: DecoderConfig = BASE) -> tuple:
