@@ -68,7 +68,7 @@ class DeltaRuleConfig:
     head_dim: int | None = None
     value_dim: int | None = None
     taps: int = 4
-    chunk: int = 64
+    chunk: int = 32
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -89,7 +89,7 @@ class GatedDeltaRuleConfig:
     taps: int = 4
     dt_min: float = 0.001
     dt_max: float = 0.1
-    chunk: int = 64
+    chunk: int = 32
 
     def __post_init__(self) -> None:
         require_types(self)

@@ -60,7 +60,9 @@ def log_features(
     Source: Choromanski et al. 2021, lemma 1, https://arxiv.org/abs/2009.14794
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    reach = jnp.einsum("btnh,rh->btnr", x, projection.astype(x.dtype))
+    # One product for each head: rematerialisation keeps products with weights, and not these.
+    each = jnp.broadcast_to(projection.astype(x.dtype)[None], (x.shape[2], *projection.shape))
+    reach = jnp.einsum("btnh,nrh->btnr", x, each)
     return reach - (jnp.sum(x * x, axis=-1, keepdims=True) + math.log(projection.shape[0])) / 2
 
 
