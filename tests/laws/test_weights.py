@@ -174,7 +174,6 @@ NESTED = {
     "low rank on masked": low_rank(masked(random_array)),
     "low rank on 2:4": low_rank(semi_structured),
     "low rank on low rank": low_rank(low_rank(random_array)),
-    "low rank on monarch": low_rank(monarch),
     "masked int8": masked(quantized(8)),
 }
 ALL = LEAVES | NESTED
@@ -548,7 +547,7 @@ LEARNED = {
     "array": 1, "int8": 0, "int4 groups": 0, "int4 affine groups": 0, "low rank": 2, "factored": 2,
     "masked": 1, "2:4": 1, "low rank on int4": 2, "low rank on masked": 2, "low rank on 2:4": 2,
     "low rank on low rank": 2, "masked int8": 0, "monarch": 2, "butterfly": 2,
-    "pixelated butterfly": 3, "low rank on monarch": 2,
+    "pixelated butterfly": 3,
 }  # fmt: skip
 
 

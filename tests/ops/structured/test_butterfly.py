@@ -84,19 +84,6 @@ def test_a_true_butterfly_is_recovered(n):
         near(naive(project(jnp.asarray(normal(16, 16)))), normal(16, 16))
 
 
-def test_gradients_are_those_of_the_dense_product():
-    x, factors = jnp.asarray(normal(5, 8)), jnp.asarray(normal(3, 8, 2, seed=1))
-
-    def fast(x, factors):
-        return jnp.sum(jnp.sin(butterfly_multiply(x, factors)))
-
-    def dense(x, factors):
-        return jnp.sum(jnp.sin(x @ naive(factors).T))
-
-    for got, wanted in zip(*(jax.grad(f, (0, 1))(x, factors) for f in (fast, dense)), strict=True):
-        near(got, np.asarray(wanted))
-
-
 def test_the_verb_recovers_a_grid_of_butterflies():
     blocks = [
         [naive(jnp.asarray(normal(3, 8, 2, seed=2 * i + j))).T for j in range(2)] for i in range(3)
