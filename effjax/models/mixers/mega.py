@@ -85,7 +85,8 @@ class Mega(nnx.Module):
         """The moving average's, and a cache of `max_length` slots, or of a chunk and a piece."""
         span = self.pattern.span()
         capacity = max_length if span is None else min(span + piece - 1, max_length)
-        width = max(2 * self.z.weight.shape[-1], self.v.weight.shape[-1])
+        keys = self.z.weight.shape[-1] + self.k_place.get_value().shape[-1]
+        width = max(keys, self.v.weight.shape[-1])
         return {
             "ema": self.ema.init_state(batch, max_length, piece, dtype),
             "cache": empty_cache(batch, 1, capacity, width, piece, dtype),
