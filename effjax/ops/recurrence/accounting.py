@@ -14,21 +14,30 @@ from effjax.ops.recurrence.mamba2 import SEGMENT
 
 
 def retention_flops(B: int, T: int, N: int, H: int, Hv: int, chunk: int) -> Flops:
-    """FLOPs of `retention` as written: those of the recurrence with a gate for each head.
+    """FLOPs of `retention` as written: the gated recurrence's, with rates that are not trained.
 
     Source: our own count of `retention.py`.
     """
-    return gated_flops(B, T, N, H, Hv, chunk)
+    return gated_flops(B, T, N, H, Hv, chunk, trained=False)
 
 
 def gated_flops(
-    B: int, T: int, N: int, H: int, Hv: int, chunk: int, *, groups: int | None = None
+    B: int,
+    T: int,
+    N: int,
+    H: int,
+    Hv: int,
+    chunk: int,
+    *,
+    groups: int | None = None,
+    trained: bool = True,
 ) -> Flops:
     """FLOPs of `gated_recurrence` with a gate for each head, as written: whole chunks, no masks.
 
     Per token: chunk H multiply-adds in each of the groups that share keys (scores), and in each
-    head chunk Hv inside the chunk (values) and 2 H Hv between chunks (writing, reading). Every
-    product has two cotangents. One token reads the memory; it is written by element.
+    head chunk Hv inside the chunk (values), 2 chunk for the sums of log gates and 2 H Hv between
+    chunks (writing, reading). Every product has two cotangents, the sums one of chunk if gates are
+    `trained`. One token reads the memory; it is written by element.
 
     Source: our own count of `gated.py`.
     """
@@ -38,7 +47,8 @@ def gated_flops(
     chunk = min(chunk, T)
     tokens = B * -(-T // chunk) * chunk
     forward = 2 * tokens * ((groups or N) * chunk * H + N * (chunk * Hv + 2 * H * Hv))
-    return Flops(forward, 2 * forward)
+    sums = 2 * tokens * N * chunk
+    return Flops(forward + 2 * sums, 2 * forward + trained * sums)
 
 
 def gated_channels_flops(B: int, T: int, N: int, H: int, Hv: int, chunk: int) -> Flops:
@@ -62,18 +72,16 @@ def mamba2_flops(
 ) -> Flops:
     """FLOPs of `mamba2` without a state, as written: the recurrence's, piece by piece if T is long.
 
-    The backward pass of a piece computes its forward pass anew. Convolution and norm are no
-    products.
+    The backward pass of a piece computes its forward pass anew. The norm takes a product of each
+    token with itself, and one in its backward pass; the convolution is no product.
 
     Source: our own count of `mamba2.py`.
     """
-    if segment >= T:
-        return gated_flops(B, T, N, P, H, chunk, groups=groups)
-    whole, rest = divmod(T, segment)
-    forward = whole * gated_flops(B, segment, N, P, H, chunk, groups=groups).forward
-    if rest:
-        forward += gated_flops(B, rest, N, P, H, chunk, groups=groups).forward
-    return Flops(forward, 3 * forward)
+    pieces = [segment] * (T // segment) + [T % segment] * (T % segment > 0)
+    parts = [gated_flops(B, t, N, P, H, chunk, groups=groups) for t in pieces]
+    norm = 2 * B * T * N * H
+    forward, backward = (sum(part[i] for part in parts) + norm for i in range(2))
+    return Flops(forward, backward + (forward if segment < T else 0))
 
 
 def mamba2_state_bytes(B: int, N: int, P: int, H: int, *, groups: int = 1, taps: int = 4) -> int:

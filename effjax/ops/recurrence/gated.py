@@ -32,6 +32,7 @@ from effjax.ops.recurrence.bookkeeping import (
     rows_after,
     timeline,
 )
+from effjax.ops.recurrence.sums import spread
 
 State = dict[str, Array]
 
@@ -169,16 +170,16 @@ def _by_head(
     v = _chunks(v, chunk).reshape(B, -1, chunk, G, R, Hv)
     run = jnp.pad(run, ((0, 0), (0, -T % chunk)), mode="edge").reshape(B, -1, chunk)
     inside, read, write, keep = _decays(_chunks(gate, chunk), run, G)
-    scores = jnp.einsum("bcgth,bcgsh->bcgts", q, k)[:, :, :, None] * inside
+    scores = spread(jnp.einsum("bcgth,bcgsh->bcgts", q, k), 3, R) * inside
     y = jnp.einsum("bcgrts,bcgrsv->bcgrtv", scores, v.transpose(0, 1, 3, 4, 2, 5))
-    faded = v.transpose(0, 1, 3, 2, 4, 5) * write[..., None]
+    faded = v.transpose(0, 1, 3, 2, 4, 5) * spread(write, -1, Hv)
     faded = faded.reshape(B, -1, G, chunk, R * Hv)
     written = jnp.einsum("bcgsh,bcgsw->cbghw", k, faded)
     wide = S.reshape(B, G, R, H, Hv).transpose(0, 1, 3, 2, 4)
     last, entering = jax.lax.scan(_carry, wide, (keep, written.reshape(-1, *wide.shape)))
     entering = entering.reshape(-1, B, G, H, R * Hv)
     old = jnp.einsum("bcgth,cbghw->bcgtw", q, entering).reshape(B, -1, G, chunk, R, Hv)
-    y = y.transpose(0, 1, 4, 2, 3, 5) + (old * read[..., None]).transpose(0, 1, 3, 2, 4, 5)
+    y = y.transpose(0, 1, 4, 2, 3, 5) + (old * spread(read, -1, Hv)).transpose(0, 1, 3, 2, 4, 5)
     y = y.reshape(B, -1, N, Hv)[:, :T]
     return y, last.transpose(0, 1, 3, 2, 4).reshape(B, N, H, Hv)
 
@@ -215,8 +216,11 @@ def _decays(
         return jnp.where(passes, jnp.exp(jnp.where(passes, exponent, 0)), 0)
 
     whole = jnp.ceil(gate)
-    sums = [jnp.sum(jnp.where(pair, x[..., None, :], 0), -1) for x in (whole, gate - whole)]
-    inside = faded(sum(x[..., :, None] - x[..., None, :] for x in sums), pair)
+    ones = pair[:, :, 0].astype(gate.dtype)
+    sums = [
+        jnp.einsum("bcts,bcns->bcnt", ones, x, precision="highest") for x in (whole, gate - whole)
+    ]
+    inside = faded(sum(spread(x, -1, C) - spread(x, -2, C) for x in sums), pair)
     read = faded(sum(sums), (run == start[..., None])[:, :, None])
     write = faded(sum(x[..., -1:] - x for x in sums), (run == end[..., None])[:, :, None])
     keep = faded(sum(sums)[..., -1], (start == end)[:, :, None])

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from effjax.ops.convolution.short import short_convolution, short_state
-from effjax.ops.normalization import rms_norm
 from effjax.ops.recurrence.gated import gated_recurrence, gated_state
+from effjax.ops.recurrence.sums import spread
 
 State = dict[str, Array]
 
@@ -143,11 +143,17 @@ def _piece(
     dt = jax.nn.softplus(dt.astype(dtype) + weights.dt_bias[None, None].astype(dtype))
     gate = -jnp.exp(weights.log_a.astype(dtype))[None, None] * dt
     y, after = gated_recurrence(
-        c_, b_, x_.astype(dtype) * dt[..., None], gate, **at, state=_of(state, "S"), chunk=chunk
+        c_,
+        b_,
+        x_.astype(dtype) * spread(dt, -1, x.shape[-1]),
+        gate,
+        **at,
+        state=_of(state, "S"),
+        chunk=chunk,
     )
-    y = y + weights.skip.astype(dtype)[None, None, :, None] * x_
+    y = y + _everywhere(jnp.repeat(weights.skip[:, None], y.shape[-1], axis=1), y) * x_
     y = _normed(y * jax.nn.silu(z.astype(dtype)), b_.shape[2])
-    y = (y * weights.scale.astype(dtype)[None, None]).astype(x.dtype)
+    y = (y * _everywhere(weights.scale, y)).astype(x.dtype)
     return y, None if after is None else after | {"inputs": inputs_after}
 
 
@@ -162,12 +168,13 @@ def _convolved(
     y, after = short_convolution(
         jnp.concatenate([x.reshape(B, T, -1) for x in tokens], axis=-1),
         jnp.concatenate([w.reshape(-1, w.shape[-1]) for w in filters]),
-        jnp.concatenate([w.reshape(-1) for w in biases]),
         positions=inputs.positions,
         segments=inputs.segments,
         state=_of(state, "inputs"),
         aligned=aligned,
     )
+    # Padding gets the bias too: nothing of it is read.
+    y = y + _everywhere(jnp.concatenate([w.reshape(-1) for w in biases]), y)
     ends = (sizes[0], sizes[0] + sizes[1])
     parts = jnp.split(jax.nn.silu(y), ends, axis=-1)
     x, b, c = (y.reshape(like.shape) for y, like in zip(parts, tokens, strict=True))
@@ -179,7 +186,38 @@ def _of(state: State | None, memory: str) -> State | None:
     return None if state is None else {k: state[k] for k in (memory, "position", "segment")}
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _normed(y: Float[Array, "B T N H"], groups: int) -> Float[Array, "B T N H"]:
-    """Divides the channels of each group by their root mean square."""
+    """Divides the channels of each group by their root mean square.
+
+    By products of rows with themselves, forward and backward: as sums, XLA on CPU would form them
+    one number after another, or anew for each number that is divided by them.
+    """
+    return _normed_forward(y, groups)[0]
+
+
+def _mean(x: Array, y: Array) -> Array:
+    """The mean of x y over the last axis, which stays."""
+    return jnp.einsum("btgd,btgd->btg", x, y, precision="highest")[..., None] / x.shape[-1]
+
+
+def _normed_forward(y: Array, groups: int) -> tuple[Array, tuple[Array, Array]]:
     rows = y.reshape(*y.shape[:2], groups, -1)
-    return rms_norm(rows, jnp.ones(rows.shape[-1], y.dtype), eps=1e-5).reshape(y.shape)
+    inverse = jax.lax.rsqrt(_mean(rows, rows) + 1e-5)
+    normed = rows * inverse
+    return normed.reshape(y.shape), (normed, inverse)
+
+
+def _normed_backward(groups: int, kept: tuple[Array, Array], g: Array) -> tuple[Array]:
+    normed, inverse = kept
+    rows = g.reshape(normed.shape)
+    return (((rows - normed * _mean(rows, normed)) * inverse).reshape(g.shape),)
+
+
+_normed.defvjp(_normed_forward, _normed_backward)
+
+
+def _everywhere(weight: Float[Array, "..."], like: Float[Array, "B T ..."]) -> Array:
+    """The weight at each token."""
+    B, T = like.shape[:2]
+    return spread(spread(weight.astype(like.dtype), 0, T), 0, B)

@@ -39,7 +39,7 @@ def retention_counted(T: int, chunk: int) -> accounting.Flops:
         return retention(q, k, v, log_decay, positions=where, segments=where, chunk=chunk)[0]
 
     keys, values = f32(B, T, N, H), f32(B, T, N, HV)
-    return counted(f, (0, 1, 2, 3), keys, keys, values, f32(N))
+    return counted(f, (0, 1, 2), keys, keys, values, f32(N))
 
 
 def state_space_counted(T: int, chunk: int, aligned: bool) -> accounting.Flops:
