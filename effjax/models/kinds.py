@@ -114,7 +114,7 @@ STABLE: tuple[Kind, ...] = ("reformer_stable", "routing_stable", "learned_hash_s
 ATTENTIONS: tuple[Kind, ...] = ("attention", "papa", *PATTERNED, *CHOOSING, *STABLE)
 """The kinds that are soft-max attention over a pattern of keys."""
 
-DIAGONAL: tuple[Kind, ...] = ("state_space", "dss", "gss", "h3")
+DIAGONAL: tuple[Kind, ...] = ("state_space", "dss", "gss", "h3", "ema")
 """The kinds whose products all have a factor made from `state` parameters alone."""
 
 ENCODER_ONLY: tuple[Kind, ...] = (*CHOOSING, "fnet")
