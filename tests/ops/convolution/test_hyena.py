@@ -21,6 +21,11 @@ from effjax.ops.convolution.implicit_filter import (
     implicit_filter,
     implicit_filter_flops,
 )
+from effjax.ops.convolution.long import long_convolution
+from effjax.ops.convolution.short import short_convolution
+from effjax.ops.recurrence.h3 import h3
+from effjax.ops.recurrence.state_space import discretise
+from effjax.ops.recurrence.state_space_naive import vandermonde_kernel
 
 D, T, L = 6, 11, 16
 OWN = HyenaConfig(order=3, length=L, bands=3, hidden=5, inner=2)
@@ -98,6 +103,15 @@ def test_the_operator_is_the_papers(order, length):
     close(run(config)(params, x), plain_hyena(params, np.float64(x), config.hyena))
 
 
+@pytest.mark.parametrize("part", ["b_in", "b_inner", "frequency", "rate", "skip", "short_bias"])
+def test_the_law_of_the_operator_catches_a_part_that_is_not_read(part):
+    config = replace(CONFIG, hyena=replace(OWN, order=2))
+    params, x = mixer(config)[0], texts(T)
+    without = params | {part: np.zeros_like(params[part])}
+    with pytest.raises(AssertionError):
+        close(run(config)(params, x), plain_hyena(without, np.float64(x), config.hyena))
+
+
 def test_order_two_is_the_form_of_h3():
     """q * long(k * shift(v)): with plain gates the short convolution is H3's shift of one of them.
 
@@ -115,6 +129,32 @@ def test_order_two_is_the_form_of_h3():
     kv = k * shifted
     y = q * (convolved(kv, h) + params["skip"][0] * kv)
     close(run(config)(params, x), y @ params["outputs"]["kernel"])
+
+
+def test_order_two_with_a_kernel_of_modes_is_h3():
+    """The same numbers as our H3 of heads of size 1, over packed and padded rows."""
+    rng, P = np.random.default_rng(0), 3
+    q, k, v = rng.normal(size=(3, 1, T, D)).astype(np.float32)
+    taps, skip = rng.normal(size=(D, 3)), rng.normal(size=D)
+    system = {"log_dt": rng.normal(size=D) - 2}
+    for name in ("log_a_real", "a_imag", "c_real", "c_imag"):
+        system[name] = rng.normal(size=(D, P))
+    at = {
+        "positions": jnp.array([[0, 1, 2, 3, -1, 4, 0, 1, 2, 3, -1]]),
+        "segments": jnp.array([[0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1]]),
+    }
+
+    @jax.jit
+    def both(q, k, v, taps, skip, system):
+        of_h3, _ = h3(
+            *(x[..., None] for x in (q, k, v)), taps[:, None], discretise(**system, skip=skip), **at
+        )
+        shifted, _ = short_convolution(k, taps, **at)
+        y, _ = long_convolution(shifted * v, vandermonde_kernel(T, **system), skip=skip, **at)
+        return of_h3[..., 0], q * y
+
+    want, got = both(q, k, v, *jax.tree.map(np.float32, (taps, skip, system)))
+    close(got, want)
 
 
 def network(seed: int = 0, D: int = 4) -> FilterNetwork:
