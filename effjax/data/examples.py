@@ -14,8 +14,13 @@ from effjax.data.batch import Batch
 class RowSource(Protocol):
     """Rows of one length that a loader draws from: a packed text, or examples."""
 
-    name: str
-    length: int
+    @property
+    def name(self) -> str:
+        """What messages call them."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
 
     @property
     def count(self) -> int:
