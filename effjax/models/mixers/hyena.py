@@ -104,7 +104,6 @@ class Hyena(nnx.Module):
         self, x: jax.Array, context: Context, state: Tree = None
     ) -> tuple[jax.Array, Tree, dict[str, jax.Array]]:
         x = context.clear(x)
-        at = {"positions": context.positions, "segments": context.segments}
         branches, short = self._branches(x, context, None if state is None else state["short"])
         *gates, v = jnp.moveaxis(branches, 2, 0)
         taps = _taps(self.length, x.shape[1], context.aligned)
@@ -115,10 +114,11 @@ class Hyena(nnx.Module):
             v, after[name] = long_convolution(
                 v * gates[len(kernels) - n],
                 kernel.T,
+                positions=context.positions,
+                segments=context.segments,
                 state=None if state is None else state["long"][name],
                 aligned=context.aligned,
                 form=self.form,
-                **at,
             )
         y = self.outputs(v * gates[0])
         if state is None:

@@ -7,7 +7,7 @@ from flax import nnx
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
-from effjax.models.functional import Constant
+from effjax.models.functional import Constant, Keys
 from effjax.models.layers import Dense
 from effjax.ops.accounting import Flops
 from effjax.ops.convolution.accounting import (
@@ -34,7 +34,7 @@ class SGConv(nnx.Module):
     causality: ClassVar[str] = "fft"
     decodes: ClassVar[bool] = True
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         own, D = config.sgconv, config.width
         self.decay = own.decay
         scales = sgconv_scales(own.length, own.taps)
