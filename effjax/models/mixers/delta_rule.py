@@ -45,10 +45,9 @@ class DeltaRule(nnx.Module):
         self.v = Dense("btd,dnh->btnh", width, values, rngs)
         self.beta = Dense("btd,dn->btn", width, keys[:1], rngs)
         self.o = Dense("btnh,nhd->btd", values, width, rngs, gain=config.residual_gain)
-        reach = own.taps**-0.5
-        for name, size, axis in (("q", H, "head"), ("k", H, "head"), ("v", Hv, "value")):
-            taps = jax.random.uniform(rngs(), (N, size, own.taps), minval=-reach, maxval=reach)
-            setattr(self, f"filter_{name}", nnx.Param(taps, axes=Axes((), ("heads", axis, "tap"))))
+        self.filter_q = _filters((N, H, own.taps), "head", rngs)
+        self.filter_k = _filters((N, H, own.taps), "head", rngs)
+        self.filter_v = _filters((N, Hv, own.taps), "value", rngs)
 
     def init_state(
         self, batch: int, max_length: int, piece: int, dtype: Any, memory: Any = None
@@ -127,3 +126,10 @@ class DeltaRule(nnx.Module):
         """Heads, and the sizes of their keys and values."""
         own, key_dim = getattr(config, cls.kind), config.head_dim(cls.kind)
         return own.heads, key_dim, own.value_dim or key_dim
+
+
+def _filters(shape: tuple[int, int, int], axis: str, rngs: Keys) -> nnx.Param:
+    """Filters of every channel of every head, as short convolutions begin."""
+    reach = shape[-1] ** -0.5
+    taps = jax.random.uniform(rngs(), shape, minval=-reach, maxval=reach)
+    return nnx.Param(taps, axes=Axes((), ("heads", axis, "tap")))

@@ -236,10 +236,14 @@ def _decays(
         return jnp.where(passes, jnp.exp(jnp.where(passes, exponent, 0)), 0)
 
     whole = jnp.ceil(gate)
-    sums = [jnp.sum(jnp.where(pair, x[..., None, :], 0), -1) for x in (whole, gate - whole)]
-    inside = faded(sum(x[..., :, None] - x[..., None, :] for x in sums), pair)
-    read = faded(sum(sums), (run == start[..., None])[:, None])
-    write = faded(sum(x[..., -1:] - x for x in sums), (run == end[..., None])[:, None])
+    large, small = (
+        jnp.sum(jnp.where(pair, x[..., None, :], 0), axis=-1) for x in (whole, gate - whole)
+    )
+    after = large[..., :, None] - large[..., None, :] + (small[..., :, None] - small[..., None, :])
+    inside = faded(after, pair)
+    read = faded(large + small, (run == start[..., None])[:, None])
+    left = large[..., -1:] - large + (small[..., -1:] - small)
+    write = faded(left, (run == end[..., None])[:, None])
     return inside, read, write, read[..., -1]
 
 

@@ -139,4 +139,4 @@ def test_bfloat16_inputs_lose_only_their_own_rounding():
 @pytest.mark.parametrize("chunk", [0, -4])
 def test_a_chunk_of_nothing_is_refused(chunk):
     with pytest.raises(ConfigError, match=f"delta_rule: chunk must be at least 1, got {chunk}"):
-        delta_rule(*inputs(), **WHERE, chunk=chunk)
+        jax.jit(partial(delta_rule, chunk=chunk))(*inputs(), **WHERE)
