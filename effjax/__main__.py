@@ -10,6 +10,7 @@ USAGE = """usage: python -m effjax [command]
 
   doctor           what this machine has and can do, measured (the default)
   methods [words]  the methods whose row contains all the words; all of them without words
+  methods --state  what each mixer keeps of a text while it decodes, in bytes
 """
 
 
@@ -36,19 +37,37 @@ def doctor(arguments: Sequence[str]) -> None:
 
 
 def index(words: Sequence[str]) -> None:
-    """Prints the rows of the index that contain all the words."""
+    """Prints the rows of the index that contain all the words, or the mixers' states."""
+    if "--state" in words:
+        states([word for word in words if word != "--state"])
+        return
     found = methods.search(words, methods.read())
+    show(methods.COLUMNS, [row.cells() for row in found])
+
+
+def states(words: Sequence[str]) -> None:
+    """Prints what every decoding mixer keeps of a row, in one layer of `presets.tiny`."""
+    if words:
+        raise ConfigError(f"methods --state takes no words, got {' '.join(words)!r}")
+    from effjax.inference.state_size import state_table  # it imports jax
+
+    rows = [(kind, f"{size.fixed:,}", f"{size.per_token:,}") for kind, size in state_table()]
+    show(("mixer", "bytes", "and bytes a token"), rows)
+
+
+def show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on a terminal, plain lines elsewhere."""
     if not sys.stdout.isatty():
-        for row in found:
-            print("  ".join(cell or "-" for cell in row.cells()))
+        for row in rows:
+            print("  ".join(cell or "-" for cell in row))
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*methods.COLUMNS, box=None)
-    for row in found:
-        table.add_row(*map(Text, row.cells()))
+    table = Table(*columns, box=None)
+    for row in rows:
+        table.add_row(*map(Text, row))
     Console().print(table)
 
 

@@ -5,7 +5,9 @@ from dataclasses import replace
 import jax
 import pytest
 
+from effjax.__main__ import main
 from effjax.cost.memory import stored_bytes
+from effjax.inference import state_size
 from effjax.inference.state_size import StateBytes, state_bytes
 from effjax.models import AttentionConfig, DecoderConfig, RetentionConfig, decoder
 from effjax.ops.attention.patterns import Window
@@ -60,3 +62,15 @@ def test_a_narrower_cache_is_smaller():
     half = state_bytes(decoder(narrow).apply, abstract(narrow))
     assert isinstance(half, StateBytes)
     assert half.per_token == 4 * (16 * 2 * 2 + 2 * 4)
+
+
+def test_the_table_has_every_kind_that_decodes(monkeypatch, capsys):
+    """On two kinds: the rest differ in their config alone."""
+    monkeypatch.setattr(state_size, "DECODER_KINDS", ("retention", "attention"))
+    assert main(["methods", "--state"]) == 0
+    retention = 4 * 4 * 32 * 32 + 8  # float32 sums of 4 heads, a position, a segment
+    key_and_value = 2 * 4 * 128 + 8
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"retention  {retention:,}  0", f"attention  4  {key_and_value:,}"]
+    assert main(["methods", "--state", "mamba"]) == 2
+    assert "takes no words, got 'mamba'" in capsys.readouterr().err
