@@ -44,7 +44,8 @@ from effjax.ops.recurrence.selective_scan import (
 )
 from effjax.ops.recurrence.state_space import diagonal_state_space, state_space_state
 from effjax.ops.recurrence.state_space_naive import parallel_state_space, recurrent_state_space
-from effjax.ops.recurrence.wkv import parallel_wkv, recurrent_wkv, wkv, wkv_state
+from effjax.ops.recurrence.wkv import wkv, wkv_state
+from effjax.ops.recurrence.wkv_naive import parallel_wkv, recurrent_wkv
 
 B, T, N, H, HV, D, P = 2, 19, 2, 4, 3, 6, 4
 CHUNK = 7

@@ -128,9 +128,9 @@ class GatedLinearAttentionConfig:
 
 @dataclass(frozen=True)
 class RWKVConfig:
-    """RWKV-4's time mixing, as wide as the model. chunk: as in retention."""
+    """RWKV-4's time mixing, as wide as the model. chunk: as in retention (None: the platform's)."""
 
-    chunk: int = 16
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         require_types(self)

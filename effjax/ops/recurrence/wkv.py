@@ -3,8 +3,8 @@
     y_t = (sum_{i<t} exp(w (p_t - 1 - p_i) + k_i) v_i + exp(u + k_t) v_t) / (the same without v)
 
 in every channel, over the tokens i of t's document, with p the positions, w = log_decay <= 0 and
-u = bonus. `wkv` is the form to use, `parallel_wkv` and `recurrent_wkv` are the naive ones that it
-is tested against; `parallel_wkv` is meant for reading: O(T^2 D) memory.
+u = bonus. `wkv` is the form to use; `parallel_wkv` and `recurrent_wkv` in `wkv_naive` are what it
+is tested against.
 
 Sums are kept as numerator and denominator in units of exp(m), with m the largest exponent
 w (p - p_i) + k_i among their tokens: no exponential of a positive number is ever taken, and keys
@@ -70,12 +70,12 @@ def wkv(
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
     state: State | None = None,
-    chunk: int = 16,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "B T D"], State | None]:
     """Computes the running average in chunks: sums of 2, 4, 8, ... tokens inside, a scan between.
 
-    Everything is element-wise, in float32 (float64 for float64 inputs); y has v's dtype. Work and
-    memory grow as T D log2(chunk), the steps that must wait for one another as T / chunk.
+    Everything is element-wise, in float32 (float64 for float64 inputs); y has v's dtype. Work grows
+    as T D (1 + log2 chunk), the steps that must wait for one another as T / chunk.
 
     Args:
         k: exponents of the weights, of any size above -1e8.
@@ -86,7 +86,8 @@ def wkv(
         segments: the document of each token; one stretch of a row per document.
         state: where the rows stand; None starts from nothing and returns no state, which is what
             training wants. `wkv_state` starts from nothing and returns one.
-        chunk: tokens per chunk, rounded up to a power of two; any size gives the same values.
+        chunk: tokens per chunk, rounded up to a power of two; any size gives the same values. None
+            is 1 on a CPU, measured to be the fastest there, and 64 elsewhere, which is a guess.
 
     Raises:
         ConfigError: chunk is less than 1.
@@ -94,6 +95,8 @@ def wkv(
     Source: Peng et al. 2023, equation 16 and appendix D, https://arxiv.org/abs/2305.13048; the scan
     inside a chunk as in Sklansky 1960, doi:10.1109/TEC.1960.5221600
     """
+    if chunk is None:
+        chunk = 1 if jax.default_backend() == "cpu" else 64
     if chunk < 1:
         raise ConfigError(f"wkv: chunk must be at least 1, got {chunk}")
     dtype = jnp.promote_types(v.dtype, jnp.float32)
@@ -103,44 +106,130 @@ def wkv(
     rate = jnp.maximum(log_decay.astype(dtype), NEVER)
     lift = -rate if bonus is None else bonus.astype(dtype)
     k_, v_ = jnp.where(live, k.astype(dtype), NEVER), jnp.where(live, v.astype(dtype), 0)
-    own = Sum(v_, jnp.broadcast_to(live, v_.shape).astype(dtype), k_)
-    # y does not depend on the unit that its sums are in, so no gradient need pass through it; that
-    # of the exponent which a state shows to the outside must.
-    hold: Hold = jax.lax.stop_gradient if state is None else lambda m: m
-    start = _start(state, k.shape[0], k.shape[2], dtype)
-    after = _memories(own, start, rate, time, rows.before[0], chunk, hold)
-    before = jax.tree.map(lambda s, x: jnp.concatenate([s[:, None], x[:, :-1]], 1), start, after)
-    past = _faded(before, rate, jnp.maximum(time.elapsed - 1, 0), ~time.begins)
-    read = _add(past, own._replace(exponent=k_ + lift[None, None]), hold)
-    y = jnp.where(live, read.numerator / jnp.where(live, read.denominator, 1), 0).astype(v.dtype)
     if state is None:
-        return y, None
+        y = _trained(k_, v_, rate, lift, time, chunk)
+        return jnp.where(live, y, 0).astype(v.dtype), None
+    start = Sum(*(state[key].astype(dtype) for key in Sum._fields))
+    # A state shows its exponents to the outside: here, gradients pass through them.
+    read, after = _run(k_, v_, rate, lift, time, start, rows.before[0], chunk, lambda m: m)
+    y = jnp.where(live, read.numerator / jnp.where(live, read.denominator, 1), 0).astype(v.dtype)
     position, segment = place_after(rows)
     end = {key: x[:, -1].astype(state[key].dtype) for key, x in after._asdict().items()}
     return y, {**end, "position": position, "segment": segment}
 
 
-def _start(state: State | None, batch: int, channels: int, dtype: jnp.dtype) -> Sum:
-    state = wkv_state(batch, channels) if state is None else state
-    return Sum(*(state[key].astype(dtype) for key in Sum._fields))
+def _run(
+    k: Float[Array, "B T D"],
+    v: Float[Array, "B T D"],
+    rate: Float[Array, " D"],
+    lift: Float[Array, " D"],
+    time: Timeline,
+    start: Sum,
+    position: Int[Array, " B"],
+    chunk: int,
+    hold: Hold,
+) -> tuple[Sum, Sum]:
+    """The sums that each token reads [B T D], and the memory after it."""
+    live = jnp.broadcast_to(time.live[..., None], v.shape).astype(v.dtype)
+    after = _memories(Sum(v, live, k), start, rate, time.run, time.clock, position, chunk, hold)
+    past = _faded(_shifted(after, start), rate, jnp.maximum(time.elapsed - 1, 0), ~time.begins)
+    return _add(past, Sum(v, live, k + lift[None, None]), hold), after
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _trained(
+    k: Float[Array, "B T D"],
+    v: Float[Array, "B T D"],
+    rate: Float[Array, " D"],
+    lift: Float[Array, " D"],
+    time: Timeline,
+    chunk: int,
+) -> Float[Array, "B T D"]:
+    """The averages of rows that begin from nothing; anything at padding.
+
+    Its gradient is a recurrence too, from the last token to the first. With p_ti the share of token
+    i in y_t and g the cotangent, dv_i = sum_t p_ti g_t and dk_i = sum_t p_ti g_t (v_i - y_t). Left
+    to itself, the backward pass keeps a dozen arrays for each level of the scan.
+    """
+    return _trained_forward(k, v, rate, lift, time, chunk)[0]
+
+
+def _trained_forward(
+    k: Array, v: Array, rate: Array, lift: Array, time: Timeline, chunk: int
+) -> tuple[Array, tuple]:
+    start, live = _empty(v[:, 0]), time.live[..., None]
+    clock = time.clock[:, 0]
+    read, _ = _run(k, v, rate, lift, time, start, clock, chunk, jax.lax.stop_gradient)
+    weight = jnp.where(live, read.denominator, 1)
+    y, total = read.numerator / weight, jnp.where(live, read.exponent + jnp.log(weight), -NEVER)
+    return y, (k, v, rate, lift, time, y, total)
+
+
+def _trained_backward(chunk: int, kept: tuple, g: Array) -> tuple:
+    k, v, rate, lift, time, y, total = kept
+    g = jnp.where(time.live[..., None], g, 0)
+    own = jnp.exp(k + lift[None, None] - total) * g
+
+    def later(rate: Array) -> tuple[Array, Array]:
+        return _reversed_sums(k, Sum(g, g * y, -total), rate, time, chunk)
+
+    (by_g, by_gy), tangents = jax.jvp(later, (rate,), (jnp.ones_like(rate),))
+    by_rate = jnp.sum(v * tangents[0] - tangents[1], axis=(0, 1))
+    by_own = own * (v - y)
+    return v * by_g - by_gy + by_own, by_g + own, by_rate, jnp.sum(by_own, axis=(0, 1)), None
+
+
+_trained.defvjp(_trained_forward, _trained_backward)
+
+
+def _reversed_sums(
+    k: Array, source: Sum, rate: Array, time: Timeline, chunk: int
+) -> tuple[Array, Array]:
+    """For each token i, the sums over later t of exp(w (p_t - 1 - p_i) + k_i + exponent_t).
+
+    Of the source's two columns. The memory after token t, which stands one position before it,
+    runs on to token i, in rows from right to left and time that runs backward.
+    """
+    source, k = jax.tree.map(lambda x: x[:, ::-1], (source, k))
+    run, here, stands = (
+        x[:, ::-1] for x in (time.run, -time.clock, time.live.astype(jnp.int32) - time.clock)
+    )
+    start = _empty(k[:, 0])
+    after = _memories(source, start, rate, run, stands, stands[:, 0], chunk, jax.lax.stop_gradient)
+    gap = here - previous(stands, here[:, 0])
+    seen = run == previous(run, jnp.full_like(run[:, 0], -1))
+    past = _faded(_shifted(after, start), rate, gap, seen)
+    weight = jnp.exp(k + past.exponent)
+    return (weight * past.numerator)[:, ::-1], (weight * past.denominator)[:, ::-1]
+
+
+def _empty(like: Float[Array, "B D"]) -> Sum:
+    zero = jnp.zeros_like(like)
+    return Sum(zero, zero, jnp.full_like(like, NEVER))
+
+
+def _shifted(after: Sum, start: Sum) -> Sum:
+    """The memory before each token."""
+    return jax.tree.map(lambda s, x: jnp.concatenate([s[:, None], x[:, :-1]], 1), start, after)
 
 
 def _memories(
     own: Sum,
     start: Sum,
     rate: Float[Array, " D"],
-    time: Timeline,
+    run: Int[Array, "B T"],
+    clock: Int[Array, "B T"],
     position: Int[Array, " B"],
     chunk: int,
     hold: Hold,
 ) -> Sum:
     """The memory after each token [B T D]: of its document so far, the token itself included."""
-    T = time.live.shape[1]
+    T = run.shape[1]
     chunk = 1 << (min(chunk, T) - 1).bit_length()
     fill = ((0, 0), (0, -T % chunk))
     empty = Sum(0, 0, NEVER)
     own = jax.tree.map(lambda x, c: jnp.pad(x, (*fill, (0, 0)), constant_values=c), own, empty)
-    run, clock = (jnp.pad(x, fill, mode="edge") for x in (time.run, time.clock))
+    run, clock = (jnp.pad(x, fill, mode="edge") for x in (run, clock))
     inside = _inside(own, rate, run, clock, chunk, hold)
     run, clock = (x.reshape(x.shape[0], -1, chunk) for x in (run, clock))
     start_run = previous(run[..., -1], jnp.zeros_like(position))
@@ -148,12 +237,16 @@ def _memories(
     inside = jax.tree.map(lambda x: x.reshape(*run.shape, -1), inside)
     whole = jax.tree.map(lambda x: x[:, :, -1], inside)
     gaps = (clock[..., -1] - start_clock, start_run == run[..., -1])
-    entering = _entering(whole, start, rate, *gaps, hold)
-    entering = Sum(*(x[:, :, None] for x in entering))
+    if chunk == 1:
+        return _ends(whole, start, rate, *gaps, hold)
+    if run.shape[1] == 1:
+        entering = jax.tree.map(lambda x: x[:, None], start)
+    else:
+        entering = _shifted(_ends(whole, start, rate, *gaps, hold), start)
+    entering = jax.tree.map(lambda x: x[:, :, None], entering)
     earlier = _faded(entering, rate, clock - start_clock[..., None], run == start_run[..., None])
-    return Sum(
-        *(x.reshape(x.shape[0], -1, x.shape[-1])[:, :T] for x in _add(earlier, inside, hold))
-    )
+    after = _add(earlier, inside, hold)
+    return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, x.shape[-1])[:, :T], after)
 
 
 def _inside(
@@ -184,7 +277,7 @@ def _inside(
     return own
 
 
-def _entering(
+def _ends(
     whole: Sum,
     start: Sum,
     rate: Float[Array, " D"],
@@ -192,17 +285,19 @@ def _entering(
     seen: Bool[Array, "B c"],
     hold: Hold,
 ) -> Sum:
-    """The memory before each chunk [B c D], of sums over whole chunks."""
-    if gap.shape[1] == 1:
-        return jax.tree.map(lambda x: x[:, None], start)
+    """The memory after each chunk [B c D], of sums over whole chunks."""
 
     def step(memory: Sum, chunk: tuple[Sum, Array, Array]) -> tuple[Sum, Sum]:
         own, gap, seen = chunk
-        return _add(_faded(memory, rate, gap, seen), own, hold), memory
+        memory = _add(_faded(memory, rate, gap, seen), own, hold)
+        return memory, memory
 
+    if gap.shape[1] == 1:
+        one = jax.tree.map(lambda x: x[:, 0], (whole, gap, seen))
+        return jax.tree.map(lambda x: x[:, None], step(start, one)[0])
     chunks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (whole, gap, seen))
-    _, entering = jax.lax.scan(step, start, chunks)
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), entering)
+    _, ends = jax.lax.scan(step, start, chunks)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), ends)
 
 
 def _faded(
@@ -223,118 +318,3 @@ def _add(a: Sum, b: Sum, hold: Hold) -> Sum:
     m = hold(jnp.maximum(a.exponent, b.exponent))
     x, y = jnp.exp(a.exponent - m), jnp.exp(b.exponent - m)
     return Sum(x * a.numerator + y * b.numerator, x * a.denominator + y * b.denominator, m)
-
-
-def parallel_wkv(
-    k: Float[Array, "B T D"],
-    v: Float[Array, "B T D"],
-    log_decay: Float[Array, " D"],
-    bonus: Float[Array, " D"] | None = None,
-    *,
-    positions: Int[Array, "B T"],
-    segments: Int[Array, "B T"],
-    state: State | None = None,
-) -> tuple[Float[Array, "B T D"], State | None]:
-    """Computes the average as a soft-max over all earlier tokens, one for each token and channel.
-
-    The naive form, in the inputs' dtype. Arguments and results as in `wkv`.
-
-    Source: Peng et al. 2023, equation 16, https://arxiv.org/abs/2305.13048
-    """
-    B, T, D = v.shape
-    live = positions >= 0
-    k, v = (jnp.where(live[..., None], x, 0) for x in (k, v))
-    bonus = -log_decay if bonus is None else bonus
-    blank = state or wkv_state(B, D)
-    old, old_segment = blank["position"], blank["segment"]
-    memory = {key: blank[key].astype(k.dtype) for key in Sum._fields}
-
-    def weigh(gap: Array, seen: Array, exponent: Array) -> Array:
-        gap = jnp.where(seen, gap, 0)[..., None] * log_decay.reshape((1,) * gap.ndim + (-1,))
-        return jnp.where(seen[..., None], gap + exponent, NEVER)
-
-    def total(exponents: Array, carried: Array) -> tuple[Array, Array, Array]:
-        """Sums over axis 2, of v and the memory's numerator, or of 1 and its denominator."""
-        m = jnp.maximum(exponents.max(axis=2), carried)
-        weight, kept = jnp.exp(exponents - m[:, :, None]), jnp.exp(carried - m)
-        weight = jnp.where(exponents > NEVER / 2, weight, 0)
-        kept = jnp.where(carried > NEVER / 2, kept, 0)
-        numerator = jnp.einsum("btsd,bsd->btd", weight, v) + kept * memory["numerator"][:, None]
-        return numerator, weight.sum(axis=2) + kept * memory["denominator"][:, None], m
-
-    same = (segments[:, :, None] == segments[:, None, :]) & live[:, :, None] & live[:, None, :]
-    gap = positions[:, :, None] - 1 - positions[:, None, :]
-    exponents = weigh(gap, same & jnp.tril(jnp.ones((T, T), bool), -1)[None], k[:, None])
-    itself = jnp.eye(T, dtype=bool)[None] & live[:, :, None]
-    exponents = jnp.where(itself[..., None], (k + bonus[None, None])[:, None], exponents)
-    onward = live & (segments == old_segment[:, None]) & (old >= 0)[:, None]
-    carried = weigh(positions - 1 - old[:, None], onward, memory["exponent"][:, None])
-    numerator, denominator, _ = total(exponents, carried)
-    y = jnp.where(live[..., None], numerator / jnp.where(live[..., None], denominator, 1), 0)
-    if state is None:
-        return y, None
-    last = jnp.max(jnp.where(live, jnp.arange(T)[None], -1), axis=1)
-    position, segment = (
-        jnp.where(last >= 0, x[jnp.arange(B), last], was)
-        for x, was in ((positions, old), (segments, old_segment))
-    )
-    fresh = weigh(position[:, None] - positions, live & (segments == segment[:, None]), k)
-    kept = weigh(
-        (position - old)[:, None], (segment == old_segment)[:, None], memory["exponent"][:, None]
-    )
-    ended = (x[:, 0].astype(state["exponent"].dtype) for x in total(fresh[:, None], kept))
-    end = dict(zip(Sum._fields, ended, strict=True))
-    return y, {**end, "position": position, "segment": segment}
-
-
-def recurrent_wkv(
-    k: Float[Array, "B T D"],
-    v: Float[Array, "B T D"],
-    log_decay: Float[Array, " D"],
-    bonus: Float[Array, " D"] | None = None,
-    *,
-    positions: Int[Array, "B T"],
-    segments: Int[Array, "B T"],
-    state: State | None = None,
-) -> tuple[Float[Array, "B T D"], State | None]:
-    """Computes the average token by token, with the running exponent of the paper's appendix.
-
-    The naive form, in the inputs' dtype. Arguments and results as in `wkv`.
-
-    Source: Peng et al. 2023, appendix D, https://arxiv.org/abs/2305.13048
-    """
-    start = state or wkv_state(k.shape[0], k.shape[2])
-    start = start | {key: start[key].astype(v.dtype) for key in Sum._fields}
-    step = partial(_token, log_decay, -log_decay if bonus is None else bonus)
-    time_first = tuple(jnp.moveaxis(x, 1, 0) for x in (k, v, positions, segments))
-    end, y = jax.lax.scan(step, start, time_first)
-    if state is None:
-        return jnp.moveaxis(y, 0, 1), None
-    return jnp.moveaxis(y, 0, 1), {key: x.astype(state[key].dtype) for key, x in end.items()}
-
-
-def _token(
-    log_decay: Float[Array, " D"],
-    bonus: Float[Array, " D"],
-    state: State,
-    token: tuple[Array, ...],
-) -> tuple[State, Array]:
-    """One step of the recurrence for a batch of rows."""
-    k, v, position, segment = token
-    live = (position >= 0)[:, None]
-    same = live & ((state["position"] >= 0) & (segment == state["segment"]))[:, None]
-    gap = jnp.where(same, (position - state["position"])[:, None], 1)
-    a, b, p = (state[key] for key in Sum._fields)
-
-    def joined(fade: Array, exponent: Array) -> tuple[Array, Array, Array]:
-        old = jnp.where(same, p + fade, NEVER)
-        m = jnp.maximum(old, exponent)
-        was, now = jnp.where(same, jnp.exp(old - m), 0), jnp.exp(exponent - m)
-        return was * a + now * v, was * b + now, m
-
-    numerator, denominator, _ = joined((gap - 1) * log_decay[None], k + bonus[None])
-    y = jnp.where(live, numerator / denominator, 0)
-    sums = joined(gap * log_decay[None], k)
-    new = {key: jnp.where(live, x, state[key]) for key, x in zip(Sum._fields, sums, strict=True)}
-    place = {"position": position, "segment": segment}
-    return new | {key: jnp.where(live[:, 0], x, state[key]) for key, x in place.items()}, y
