@@ -1,6 +1,8 @@
 """The diagonal recurrence against plain numpy: every form, gradients, the ends of the range."""
 
+import json
 from functools import cache
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +159,15 @@ def test_second_derivatives_pass_through_every_form():
     assert np.abs(first).max() > 1e-2
     for other in others:
         agree([other], [first], 1e-4)
+
+
+def test_auto_is_the_form_that_was_measured_to_be_the_fastest():
+    results = Path(__file__).parents[3] / "experiments" / "results" / "scans.json"
+    lines = [x for x in json.loads(results.read_text()) if x["workload"].startswith("forms")]
+    for name in {line["workload"] for line in lines}:
+        took = {x["program"].split()[0]: x["ms"][0] for x in lines if x["workload"] == name}
+        assert set(FORMS) <= set(took)
+        assert took[FASTEST["cpu"]] <= 1.2 * min(took[form] for form in FORMS)
 
 
 def test_auto_is_the_platforms_form():
