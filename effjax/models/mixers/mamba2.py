@@ -10,10 +10,14 @@ from effjax.models.configs import StackConfig
 from effjax.models.context import Context
 from effjax.models.functional import Keys
 from effjax.models.layers import Dense
+from effjax.models.mixers.pieces import in_pieces
 from effjax.ops.accounting import Flops
 from effjax.ops.recurrence.accounting import exact_gated_flops, mamba2_flops
 from effjax.ops.recurrence.mamba2 import Mamba2Inputs, Mamba2Weights, mamba2, mamba2_state
 from effjax.weights import Axes, Tree
+
+SEGMENT = 256
+"""Tokens of a piece of a long row in training; see `experiments/bench/recurrence.py`."""
 
 
 class Mamba2(nnx.Module):
@@ -21,7 +25,8 @@ class Mamba2(nnx.Module):
 
     Heads begin with rates of forgetting uniform in [1, 16] and steps log-uniform in [dt_min,
     dt_max], filters uniform within 1 / sqrt(taps), as in the paper's code; its biases of the
-    filters begin at 0. The projections have no biases.
+    filters begin at 0. The projections have no biases. Rows that are longer than a piece are run
+    piece by piece where no state is asked for.
 
     Source: Dao and Gu 2024, "Transformers are SSMs", section 7, https://arxiv.org/abs/2405.21060;
     starts from https://github.com/state-spaces/mamba (`modules/mamba2.py`)
@@ -68,6 +73,14 @@ class Mamba2(nnx.Module):
     def __call__(
         self, x: jax.Array, context: Context, state: Tree = None
     ) -> tuple[jax.Array, Tree, dict[str, jax.Array]]:
+        if state is not None or x.shape[1] <= SEGMENT:
+            y, state = self._mixed(x, context, state)
+            return y, state, {}
+        empty = mamba2_state(self._weights(), x.shape[0])
+        return in_pieces(self._mixed, x, context, empty, SEGMENT)[0], None, {}
+
+    def _mixed(self, x: jax.Array, context: Context, state: Tree) -> tuple[jax.Array, Tree]:
+        """The layer on one stretch of tokens."""
         x = context.clear(x)
         made = (layer(x) for layer in (self.gate, self.x, self.b, self.c, self.dt))
         y, state = mamba2(
@@ -77,7 +90,7 @@ class Mamba2(nnx.Module):
             chunk=self.chunk,
             aligned=context.aligned,
         )
-        return self.o(y), state, {}
+        return self.o(y), state
 
     @classmethod
     def exact_flops(cls, config: StackConfig, T: int) -> Flops:
@@ -87,9 +100,15 @@ class Mamba2(nnx.Module):
 
     @classmethod
     def program_flops(cls, config: StackConfig, B: int, T: int, aligned: bool) -> Flops:
-        """FLOPs of the same as written, over B rows."""
-        own = config.mamba2
-        return mamba2_flops(B, T, *_sizes(config), own.chunk, groups=own.groups)
+        """FLOPs of the same as written, over B rows; of pieces, with what is computed anew."""
+        own, (N, P, H) = config.mamba2, _sizes(config)
+        pieces = [SEGMENT] * (T // SEGMENT) + [T % SEGMENT] * (T % SEGMENT > 0)
+        parts = [mamba2_flops(B, t, N, P, H, own.chunk, groups=own.groups) for t in pieces]
+        forward, backward = (sum(part[i] for part in parts) for i in range(2))
+        if T > SEGMENT:
+            projected = config.width * (2 * N * H + 2 * own.groups * P + N)
+            backward += forward + 2 * B * T * projected
+        return Flops(forward, backward)
 
     @classmethod
     def step_flops(cls, config: StackConfig, context: int) -> int:

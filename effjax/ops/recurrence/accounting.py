@@ -10,7 +10,6 @@ A chunk changes what a method costs, as a window does, and nothing else.
 from effjax.ops.accounting import Flops
 from effjax.ops.recurrence.gated import power_of_two
 from effjax.ops.recurrence.layout import spare_chunks
-from effjax.ops.recurrence.mamba2 import SEGMENT
 
 
 def retention_flops(B: int, T: int, N: int, H: int, Hv: int, chunk: int) -> Flops:
@@ -67,21 +66,16 @@ def gated_channels_flops(B: int, T: int, N: int, H: int, Hv: int, chunk: int) ->
     return Flops(forward, 2 * forward)
 
 
-def mamba2_flops(
-    B: int, T: int, N: int, P: int, H: int, chunk: int, *, groups: int = 1, segment: int = SEGMENT
-) -> Flops:
-    """FLOPs of `mamba2` without a state, as written: the recurrence's, piece by piece if T is long.
+def mamba2_flops(B: int, T: int, N: int, P: int, H: int, chunk: int, *, groups: int = 1) -> Flops:
+    """FLOPs of `mamba2` as written: the recurrence's, and the norm's.
 
-    The backward pass of a piece computes its forward pass anew. The norm takes a product of each
-    token with itself, and one in its backward pass; the convolution is no product.
+    The norm takes a product of each token with itself, and one in its backward pass; the
+    convolution is no product.
 
     Source: our own count of `mamba2.py`.
     """
-    pieces = [segment] * (T // segment) + [T % segment] * (T % segment > 0)
-    parts = [gated_flops(B, t, N, P, H, chunk, groups=groups) for t in pieces]
-    norm = 2 * B * T * N * H
-    forward, backward = (sum(part[i] for part in parts) + norm for i in range(2))
-    return Flops(forward, backward + (forward if segment < T else 0))
+    mixing, norm = gated_flops(B, T, N, P, H, chunk, groups=groups), 2 * B * T * N * H
+    return Flops(mixing.forward + norm, mixing.backward + norm)
 
 
 def mamba2_state_bytes(B: int, N: int, P: int, H: int, *, groups: int = 1, taps: int = 4) -> int:

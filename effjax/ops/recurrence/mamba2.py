@@ -5,8 +5,7 @@
     y_t = c_t S_t + skip x_t                    out = norm(y * silu(z)) * scale
 
 in every head; b and c are shared by the heads of a group, the norm is over all channels of a group.
-`mamba2` is what stands between the two projections of the layer. Long rows are trained in pieces,
-each computed anew in the backward pass: what a piece makes then stays in the processor's cache.
+`mamba2` is what stands between the two projections of the layer.
 
 Source: Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through
 Structured State Space Duality", 2024, section 7, https://arxiv.org/abs/2405.21060, and its code,
@@ -25,9 +24,6 @@ from effjax.ops.recurrence.gated import gated_recurrence, gated_state
 from effjax.ops.recurrence.sums import spread
 
 State = dict[str, Array]
-
-SEGMENT = 256
-"""Tokens of a piece of a long row; measured, see `experiments/bench/recurrence.py`."""
 
 
 class Mamba2Weights(NamedTuple):
@@ -76,7 +72,6 @@ def mamba2(
     *,
     state: State | None = None,
     chunk: int = 64,
-    segment: int = SEGMENT,
     aligned: bool = False,
 ) -> tuple[Float[Array, "B T N H"], State | None]:
     """Computes norm(y * silu(z)) * scale with y the gated recurrence of convolved x, b and c.
@@ -89,8 +84,6 @@ def mamba2(
         state: where the rows stand; None starts from nothing and returns no state, which is what
             training wants. `mamba2_state` starts from nothing and returns one.
         chunk: tokens per chunk of the recurrence; any size gives the same values.
-        segment: without a state, rows longer than this are run in pieces of so many tokens, and the
-            backward pass computes each anew.
         aligned: promises that each row is one document without padding.
 
     Raises:
@@ -98,40 +91,6 @@ def mamba2(
 
     Source: Dao and Gu 2024, section 7, https://arxiv.org/abs/2405.21060
     """
-    B, T = inputs.positions.shape
-    if state is not None or segment >= T:
-        return _piece(weights, inputs, state, chunk, aligned)
-    piece = jax.checkpoint(partial(_piece, chunk=chunk, aligned=aligned))
-    whole, rest = (
-        jax.tree.map(lambda x, part=part: x[:, part], inputs)
-        for part in (slice(T // segment * segment), slice(T // segment * segment, T))
-    )
-    pieces = jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(B, -1, segment, *x.shape[2:]), 1, 0), whole
-    )
-
-    def step(state: State, piece_inputs: Mamba2Inputs) -> tuple[State, Array]:
-        y, state = piece(weights, piece_inputs, state)
-        return state, y
-
-    state = mamba2_state(weights, B)
-    dtype = jnp.promote_types(inputs.x.dtype, jnp.float32)
-    state |= {k: state[k].astype(dtype) for k in ("S", "inputs")}
-    state, y = jax.lax.scan(step, state, pieces)
-    y = jnp.moveaxis(y, 0, 1).reshape(B, -1, *y.shape[3:])
-    if T % segment:
-        y = jnp.concatenate([y, piece(weights, rest, state)[0]], axis=1)
-    return y, None
-
-
-def _piece(
-    weights: Mamba2Weights,
-    inputs: Mamba2Inputs,
-    state: State | None,
-    chunk: int,
-    aligned: bool,
-) -> tuple[Float[Array, "B T N H"], State | None]:
-    """`mamba2` on one stretch of tokens."""
     z, x, dt = inputs.z, inputs.x, inputs.dt
     at = {"positions": inputs.positions, "segments": inputs.segments}
     dtype = jnp.promote_types(x.dtype, jnp.float32)

@@ -1,6 +1,4 @@
-"""Mamba-2's mixing against plain numpy; long rows in pieces; its FLOPs and its state."""
-
-from functools import partial
+"""Mamba-2's mixing against plain numpy; its FLOPs and its state."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,7 @@ from effjax.ops.recurrence import accounting
 from effjax.ops.recurrence.mamba2 import Mamba2Inputs, Mamba2Weights, mamba2, mamba2_state
 
 B, T, N, H, G, P, W = 2, 22, 4, 3, 2, 5, 3
-CHUNK, SEGMENT = 4, 8
+CHUNK = 4
 
 
 def weights() -> Mamba2Weights:
@@ -74,12 +72,12 @@ def plain(given: Mamba2Inputs, w: Mamba2Weights) -> np.ndarray:
     return out
 
 
-@partial(jax.jit, static_argnames="segment")
-def run(given, w, segment):
+@jax.jit
+def run(given, w):
     """y, and the gradients of a weighted sum of it."""
 
     def loss(given, w):
-        y, _ = mamba2(given, w, chunk=CHUNK, segment=segment)
+        y, _ = mamba2(given, w, chunk=CHUNK)
         return jnp.sum(y * jnp.sin(jnp.arange(y.size)).reshape(y.shape)), y
 
     floats, where = given[:5], given[5:]
@@ -95,16 +93,10 @@ def close(got, want, rel: float = 2e-5) -> None:
 
 
 def test_it_is_the_layer_in_numpy():
-    y = run(inputs(), weights(), 256)[0]
+    y = run(inputs(), weights())[0]
     close(y, plain(inputs(), weights()))
     with pytest.raises(AssertionError):
         close(y, plain(inputs(), weights()._replace(skip=1.001 * weights().skip)))
-
-
-def test_a_long_row_in_pieces_is_the_whole_row():
-    """Two pieces and a rest, in values and gradients."""
-    whole, pieces = (run(inputs(), weights(), segment) for segment in (256, SEGMENT))
-    close(pieces, whole)
 
 
 def test_padding_that_is_not_a_number_changes_nothing():
@@ -114,11 +106,11 @@ def test_padding_that_is_not_a_number_changes_nothing():
         *(np.where(dead.reshape(B, T, *[1] * (x.ndim - 2)), np.nan, x) for x in given[:5]),
         *given[5:],
     )
-    got, want = (run(x, weights(), 256) for x in (poisoned, given))
+    got, want = (run(x, weights()) for x in (poisoned, given))
     close(got, want, 0.0)
 
 
-@pytest.mark.parametrize("length", [CHUNK, 2 * SEGMENT, T, 1])
+@pytest.mark.parametrize("length", [CHUNK, T, 1])
 def test_flops_are_counted_as_written(length):
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((B, length, *x.shape[2:]), x.dtype), inputs()
@@ -127,13 +119,13 @@ def test_flops_are_counted_as_written(length):
 
         def f(x, w, at, aligned=aligned):
             given = Mamba2Inputs(*x, *at)
-            return mamba2(given, w, chunk=CHUNK, segment=SEGMENT, aligned=aligned)[0]
+            return mamba2(given, w, chunk=CHUNK, aligned=aligned)[0]
 
         arrays = (shapes[:5], weights(), shapes[5:])
         forward = count(f, *arrays)
         both = count(jax.grad(lambda *x, f=f: jnp.sum(f(*x) ** 2), (0, 1)), *arrays)
         assert not both.unknown
-        want = accounting.mamba2_flops(B, length, N, P, H, CHUNK, groups=G, segment=SEGMENT)
+        want = accounting.mamba2_flops(B, length, N, P, H, CHUNK, groups=G)
         assert Flops(forward.total, both.total - forward.total) == want
 
 
