@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "effjax": {"weights"},
     "methods": {"errors"},
     "doctor": {"cost", "kernels", "errors"},
-    "__main__": {"doctor", "methods", "errors"},
+    "__main__": {"doctor", "methods", "errors", "inference"},
 }
 DOORS = {"einsum": "weights", "take": "weights", "__version__": None}
 
