@@ -84,11 +84,11 @@ def _again(w: Product, remat: Remat, gated: bool) -> int:
 
     "full" repeats a layer's products, except the dense network's last: nothing reads its result
     but the next layer, whose input is kept, unless it is `gated`. "dots" keeps the products with
-    weights, except with experts and Monarch matrices: those are batched.
+    weights, except with experts, blocks and Monarch matrices: those are batched.
     """
     if remat == "none" or "layers" not in w.axes.batch:
         return 0
-    if w.experts > 1:
+    if len(w.axes.batch) > 1:
         return w.entries
     if remat == "dots" and not w.batched:
         return 0

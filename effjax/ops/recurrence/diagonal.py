@@ -12,8 +12,8 @@ scan. `parallel_diagonal` and `recurrent_diagonal` are the naive forms.
 
 Within a chunk the recurrence is a triangular matrix as well, but with factors of each token and
 channel that is one matrix a channel, and more exponentials than tokens: measured 17 to 60 times
-slower on a CPU than a scan (`experiments/bench/scans.py`). Where channels share their factors, `gated.py` is
-such products.
+slower on a CPU than a scan (`experiments/bench/scans.py`). Where channels share their factors,
+`gated.py` is such products.
 
 Source: Blelloch 1990, "Prefix Sums and Their Applications", section 1.4,
 https://www.cs.cmu.edu/~guyb/papers/Ble93.pdf; Martin and Cundy 2018, "Parallelizing Linear
