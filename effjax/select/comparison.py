@@ -14,7 +14,8 @@ from effjax.errors import ConfigError, near
 from effjax.evaluate.record import Record, read_records, write_records
 from effjax.models.configs import DecoderConfig
 from effjax.models.decoder import decoder
-from effjax.models.kinds import Kind
+from effjax.models.kinds import DECODER_KINDS, Kind
+from effjax.models.mixers import MIXERS
 from effjax.models.presets import tiny
 from effjax.select.equal_flops import FLOPS_PER_MINUTE
 from effjax.select.rows import Laboratory, Row, Text, fit
@@ -44,6 +45,12 @@ ADAPTED = ("topics", "lora")
 """Scored on the second text, off the fronts: the baseline as it is, and its fine-tune."""
 
 ROWS = (BASELINE, *RECIPES, *ADAPTED, *TRAINED[1:])
+"""What `all` makes."""
+
+KINDS = tuple(kind for kind in DECODER_KINDS if MIXERS[kind].decodes and kind not in ROWS)
+"""Trained too where they are asked for by name: every other mixer that decodes."""
+
+OFFERED = (*ROWS, *KINDS)
 METHODS = {SECOND_SEED: BASELINE, "topics": BASELINE}
 """The method that a row is another run of: with another seed, or scored on another text."""
 
@@ -53,8 +60,9 @@ class CompareConfig:
     """What to compare, on which text, for how long.
 
     corpus: the text to learn: `python`, a path, a glob or `tfds:NAME`. adapt_corpus: LoRA's text.
-    methods: rows to run, as `attention,window,int8`, or `all`. minutes: the time to stay within;
-    it sets the budget too: FLOPs of a trained row = flops_per_minute x minutes.
+    methods: rows to run, as `attention,mamba2,int8`, or `all`; any mixer that decodes may be one.
+    minutes: the time to stay within; it sets the budget too: FLOPs of a trained row =
+    flops_per_minute x minutes.
     """
 
     corpus: str = "python"
@@ -89,9 +97,9 @@ class CompareConfig:
                     f"{name} is what the rows differ in: leave it {wanted}, got {got}"
                 )
         for name in self._asked:
-            if name not in ROWS:
-                rows = ", ".join(ROWS)
-                raise ConfigError(f"methods has no {name!r}; there are {rows}{near(name, ROWS)}")
+            if name not in OFFERED:
+                rows = ", ".join(OFFERED)
+                raise ConfigError(f"methods has no {name!r}; there are {rows}{near(name, OFFERED)}")
 
     @property
     def _asked(self) -> tuple[str, ...]:
@@ -103,11 +111,11 @@ class CompareConfig:
     def rows(self) -> tuple[str, ...]:
         """The rows to run, in order: what is made of the baseline brings the baseline along."""
         wanted = set(self._asked)
-        if wanted - set(TRAINED):
+        if wanted - set(TRAINED) - set(KINDS):
             wanted.add(BASELINE)
         if "lora" in wanted:
             wanted.add("topics")
-        return tuple(name for name in ROWS if name in wanted)
+        return tuple(name for name in OFFERED if name in wanted)
 
     def model_of(self, row: str) -> DecoderConfig:
         """The decoder that a row trains or transforms."""
@@ -122,7 +130,8 @@ class CompareConfig:
     def budget_of(self, row: str) -> float:
         """Model FLOPs that a row trains for; 0 for what is made without training."""
         whole = self.flops_per_minute * self.minutes
-        return whole if row in TRAINED else LORA_SHARE * whole if row == "lora" else 0.0
+        share = LORA_SHARE if row == "lora" else float(row in (*TRAINED, *KINDS))
+        return share * whole
 
 
 def row_of(made: Record) -> str:
@@ -195,7 +204,7 @@ class Comparison:
             around = time.perf_counter() - begin - made.training_seconds
             cost = Cost(self.config.budget_of(row), made.training_seconds, around)
             self.costs.append(cost)
-        ordered = [self.records[name] for name in ROWS if name in self.records]
+        ordered = [self.records[name] for name in OFFERED if name in self.records]
         write_records(self.directory / "record.json", ordered)
         return self.records[row]
 

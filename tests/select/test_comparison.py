@@ -11,6 +11,7 @@ import pytest
 
 from effjax.errors import ConfigError
 from effjax.models.configs import DecoderConfig
+from effjax.models.kinds import DECODER_KINDS
 from effjax.models.sections import AttentionConfig
 from effjax.select import rows
 from effjax.select.comparison import (
@@ -179,3 +180,13 @@ def test_a_recipe_that_cannot_be_applied_is_refused_before_anything_is_trained(c
 def test_every_row_has_a_place_in_the_order():
     assert set(CompareConfig().rows) == set(ROWS)
     assert ROWS[0] == BASELINE
+
+
+def test_every_mixer_that_decodes_is_a_row_that_may_be_asked_for():
+    for kind in DECODER_KINDS:
+        asked = CompareConfig(methods=kind)
+        assert asked.rows == (kind,)
+        assert asked.model_of(kind).pattern == (kind,)
+        assert asked.budget_of(kind) == CompareConfig().budget_of(BASELINE)
+    with pytest.raises(ConfigError, match="did you mean 'mamba'"):
+        CompareConfig(methods="attention,mamba3")
