@@ -57,8 +57,8 @@ class AFTSimple(nnx.Module):
     ) -> tuple[jax.Array, Tree]:
         """What the query gates [B T D], and the state after it."""
         none = jnp.zeros(k.shape[-1])
-        at = {"positions": context.positions, "segments": context.segments}
-        return wkv(k, v, none, **at, state=state)
+        positions, segments = context.positions, context.segments
+        return wkv(k, v, none, positions=positions, segments=segments, state=state)
 
     def __call__(
         self, x: jax.Array, context: Context, state: Tree = None

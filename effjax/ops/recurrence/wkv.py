@@ -227,8 +227,8 @@ def _memories(
     T = run.shape[1]
     chunk = 1 << (min(chunk, T) - 1).bit_length()
     fill = ((0, 0), (0, -T % chunk))
-    empty = Sum(0, 0, NEVER)
-    own = jax.tree.map(lambda x, c: jnp.pad(x, (*fill, (0, 0)), constant_values=c), own, empty)
+    pads = zip(own, (0, 0, NEVER), strict=True)
+    own = Sum(*(jnp.pad(x, (*fill, (0, 0)), constant_values=c) for x, c in pads))
     run, clock = (jnp.pad(x, fill, mode="edge") for x in (run, clock))
     inside = _inside(own, rate, run, clock, chunk, hold)
     run, clock = (x.reshape(x.shape[0], -1, chunk) for x in (run, clock))
