@@ -50,7 +50,7 @@ SHAPES = {
 Thunks = dict[str, tuple[Callable[[], Any], float | None]]  # a program, its temporaries in MB
 
 
-def compiled(f: Callable, *arrays: Any) -> tuple[Callable[[], Any], float]:
+def compiled(f: Callable, *arrays: Any) -> tuple[Callable[[], Any], float | None]:
     """The gradients of sum f^2 by all arguments, compiled; temporaries in MB."""
     gradients = jax.grad(lambda *x: jnp.sum(f(*x) ** 2), tuple(range(len(arrays))))
     program = jax.jit(gradients).lower(*arrays).compile()
@@ -70,8 +70,8 @@ def matrix(log_a: jax.Array, b: jax.Array, chunk: int = 8) -> jax.Array:
     def meet(h: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return part[0] * h + part[1], h
 
-    parts = tuple(x[:, :, -1].swapaxes(0, 1) for x in (kept, inner))
-    _, met = jax.lax.scan(meet, jnp.zeros((B, D)), parts)
+    left, own = (x[:, :, -1].swapaxes(0, 1) for x in (kept, inner))
+    _, met = jax.lax.scan(meet, jnp.zeros((B, D)), (left, own))
     return (inner + kept * met.swapaxes(0, 1)[:, :, None]).reshape(B, T, D)
 
 
@@ -82,7 +82,7 @@ def autodiff(log_a: jax.Array, b: jax.Array) -> jax.Array:
         h = jnp.exp(token[0]) * h + token[1]
         return h, h
 
-    tokens = (log_a.swapaxes(0, 1), b.swapaxes(0, 1))
+    tokens = log_a.swapaxes(0, 1), b.swapaxes(0, 1)
     return jax.lax.scan(step, jnp.zeros_like(b[:, 0]), tokens)[1].swapaxes(0, 1)
 
 
@@ -92,12 +92,18 @@ def forms(shape: tuple[int, int, int]) -> Thunks:
     log_a = -jax.random.exponential(keys[0], shape) / 8
     b = jax.random.normal(keys[1], shape)
     where = jnp.broadcast_to(jnp.arange(shape[1])[None], shape[:2])
-    at = {"positions": where, "segments": jnp.zeros_like(where)}
+    segments = jnp.zeros_like(where)
 
     def run(form: str, chunk: int) -> Callable:
-        return lambda log_a, b: diagonal_recurrence(log_a, b, **at, form=form, chunk=chunk)[0]
+        at: dict[str, Any] = {
+            "form": form,
+            "chunk": chunk,
+            "positions": where,
+            "segments": segments,
+        }
+        return lambda log_a, b: partial(diagonal_recurrence, **at)(log_a, b)[0]
 
-    programs = {"lax.scan, autodiff": compiled(autodiff, log_a, b)}
+    programs: Thunks = {"lax.scan, autodiff": compiled(autodiff, log_a, b)}
     for form in FORMS:
         for chunk in (16, 64) if form == "chunked" else (16,):
             title = f"{form} {chunk}" if form == "chunked" else form
@@ -155,7 +161,7 @@ def our_layer(piece: int) -> Callable:
 def mamba(pieces: tuple[int, ...] = (16, 32, 64, 128, 256)) -> Thunks:
     """One text of 2048 tokens through one layer: PERFORMANCE's row 9."""
     given = mamba_inputs(LENGTH)
-    programs = {"lax.scan, autodiff": compiled(plain_layer, *given)}
+    programs: Thunks = {"lax.scan, autodiff": compiled(plain_layer, *given)}
     for piece in pieces:
         programs[f"pieces of {piece}"] = compiled(our_layer(piece), *given)
     return programs

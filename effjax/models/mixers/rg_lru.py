@@ -70,24 +70,27 @@ class RGLRU(nnx.Module):
         self, x: jax.Array, context: Context, state: Tree = None
     ) -> tuple[jax.Array, Tree, dict[str, jax.Array]]:
         x = context.clear(x)
-        where = {"positions": context.positions, "segments": context.segments}
         u, inputs = short_convolution(
             _shifted(self.x(x), self.x_bias),
             self.filter.get_value(),
             self.filter_bias.get_value(),
-            **where,
+            positions=context.positions,
+            segments=context.segments,
             state=state,
             aligned=context.aligned,
         )
         blocks = u.reshape(*u.shape[:2], *self.input_gate.weight.shape[:2])
-        gates = (
-            _shifted(layer(blocks).reshape(u.shape), bias)
-            for layer, bias in (
-                (self.recurrence_gate, self.recurrence_bias),
-                (self.input_gate, self.input_bias),
-            )
+        r = _shifted(self.recurrence_gate(blocks).reshape(u.shape), self.recurrence_bias)
+        i = _shifted(self.input_gate(blocks).reshape(u.shape), self.input_bias)
+        y, h = rg_lru(
+            u,
+            r,
+            i,
+            self.decay.get_value(),
+            positions=context.positions,
+            segments=context.segments,
+            state=state,
         )
-        y, h = rg_lru(u, *gates, self.decay.get_value(), **where, state=state)
         y = y * jax.nn.gelu(_shifted(self.gate(x), self.gate_bias))
         after = None if inputs is None or h is None else inputs | h
         return _shifted(self.o(y), self.o_bias), after, {}

@@ -139,8 +139,11 @@ def _weighed(
 
     Its gradient is written by hand: autodiff pads what each tap gets to [W B T D] before it sums.
     """
-    shifted = _shifts(row, run, len(taps))
-    return sum(part * taps[j][None, None] for j, part in enumerate(shifted))
+    *earlier, own = _shifts(row, run, len(taps))
+    y = own * taps[-1][None, None]
+    for j, part in enumerate(earlier):
+        y = y + part * taps[j][None, None]
+    return y
 
 
 def _shifts(row: Float[Array, "B S D"], run: Int[Array, "B S"] | None, width: int) -> list[Array]:

@@ -174,7 +174,9 @@ def sequential_scan(
 
     Source: the definition.
     """
-    return _time_second(jax.lax.scan(_step, h, _time_first(a, b), reverse=reverse)[1])
+    return _time_second(
+        jax.lax.scan(_step, h, (_time_first(a), _time_first(b)), reverse=reverse)[1]
+    )
 
 
 def associative_scan(
@@ -219,7 +221,7 @@ def chunked_scan(
     start = (jnp.ones_like(a[0]), jnp.zeros_like(b[0]))
     _, (kept, inner) = jax.lax.scan(_both, start, (a, b), reverse=reverse)
     last = 0 if reverse else -1
-    carried = _time_first(kept[last], inner[last])
+    carried = (_time_first(kept[last]), _time_first(inner[last]))
     _, met = jax.lax.scan(_meet, h, carried, reverse=reverse)
     y = inner + kept * _time_second(met)[None]
     return jnp.moveaxis(y, 0, 2).reshape(h.shape[0], -1, *h.shape[1:])[:, :T]
@@ -255,8 +257,8 @@ def _meet(h: Array, chunk: tuple[Array, Array]) -> tuple[Array, Array]:
     return kept * h + inner, h
 
 
-def _time_first(*xs: Array) -> tuple[Array, ...]:
-    return tuple(jnp.moveaxis(x, 1, 0) for x in xs)
+def _time_first(x: Array) -> Array:
+    return jnp.moveaxis(x, 1, 0)
 
 
 def _time_second(x: Array) -> Array:

@@ -18,7 +18,7 @@ code, b enters by Euler's rule dt b, not by the paper's zero-order hold of equat
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +165,9 @@ def _piece_backward(
     _, met = jax.lax.scan(forth, h, tokens)
     start = (g_end, jnp.zeros_like(h))
     (g_h, g_A), grads = jax.lax.scan(partial(_back, A), start, (tokens, met, g_y), reverse=True)
-    return jnp.sum(g_A, axis=0), g_h, Tokens(*grads, None)
+    g_dt, g_u, g_b, g_c = grads
+    nothing: Any = None  # a boolean has no cotangent
+    return jnp.sum(g_A, axis=0), g_h, Tokens(g_dt, g_u, g_b, g_c, nothing)
 
 
 _piece.defvjp(_piece_forward, _piece_backward)
@@ -314,7 +316,8 @@ def recurrent_selective_scan(
         return after, y.astype(x.dtype)
 
     tokens = tuple(jnp.moveaxis(v, 1, 0) for v in (x, dt, b, c, positions, segments))
-    (h, position, segment), y = jax.lax.scan(step, (h, start["position"], start["segment"]), tokens)
+    before: tuple[Array, ...] = (h, start["position"], start["segment"])
+    (h, position, segment), y = jax.lax.scan(step, before, tokens)
     y = jnp.moveaxis(y, 0, 1)
     if state is None:
         return y, None
