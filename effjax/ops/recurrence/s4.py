@@ -25,7 +25,7 @@ https://arxiv.org/abs/2111.00396, with A = diag(a) - p p* as in Goel et al., "It
 section 4.2, https://arxiv.org/abs/2202.09729, which keeps A stable.
 """
 
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -77,12 +77,12 @@ class DiagonalPlusLowRank(NamedTuple):
         b = jnp.concatenate(self.b, axis=-1)
         c = jnp.concatenate([self.c[0], -self.c[1]], axis=-1)
         powers = _doublings(self.dense(), chunk)
-        write, read = b[..., None], jnp.einsum("dqp,dq->dp", powers[0], c)[..., None]
+        write, read = b[..., None], _exact("dqp,dq->dp", powers[0], c)[..., None]
         for power in powers:
             more = chunk - write.shape[-1]
             if more:
                 write, read = (
-                    jnp.concatenate([x, jnp.einsum(spec, power, x[..., :more])], axis=-1)
+                    jnp.concatenate([x, _exact(spec, power, x[..., :more])], axis=-1)
                     for spec, x in (("dpq,dqc->dpc", write), ("dqp,dqc->dpc", read))
                 )
         taps = jnp.concatenate([c[..., None], read[..., :-1]], axis=-1)
@@ -94,7 +94,7 @@ class DiagonalPlusLowRank(NamedTuple):
 
         Source: Gu et al. 2022, section 3.1, https://arxiv.org/abs/2111.00396
         """
-        return jnp.einsum("dpq,dbq->dbp", decay, h)
+        return _exact("dpq,dbq->dbp", decay, h)
 
     def step(self, h: Pair) -> Pair:
         """A_bar h, in O(P).
@@ -258,7 +258,7 @@ def cauchy_kernel(
     system = bilinear(log_dt, log_a_real, a_imag, p_real, p_imag, *vectors, jnp.zeros_like(log_dt))
     c = jnp.concatenate([system.c[0], -system.c[1]], axis=-1)
     away = _product(_doublings(system.dense(), length), length)
-    c_real, c_imag = jnp.split(c - jnp.einsum("dqp,dq->dp", away, c), 2, axis=-1)
+    c_real, c_imag = jnp.split(c - _exact("dqp,dq->dp", away, c), 2, axis=-1)
     z, s = _halved(log_dt, log_a_real, a_imag, p_real, p_imag)
     b = jnp.exp(log_dt)[:, None] * jax.lax.complex(b_real, b_imag)
     angle = np.arange(length // 2 + 1) * (-2 * np.pi / length)
@@ -292,18 +292,23 @@ def _halved(
     return z, jnp.exp(log_half / 2) * jax.lax.complex(p_real, p_imag)
 
 
+# How fast a memory fades is how far A_bar is from 1: powers and carries are in full precision on
+# every device, whatever its default for products is.
+_exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
 def _doublings(A: Float[Array, "D Q Q"], most: int) -> list[Array]:
     """A, A^2, A^4, ... up to the last power that is at most A^most."""
     powers = [A]
     while len(powers) < most.bit_length():
-        powers.append(jnp.einsum("dpq,dqr->dpr", powers[-1], powers[-1]))
+        powers.append(_exact("dpq,dqr->dpr", powers[-1], powers[-1]))
     return powers
 
 
 def _product(powers: list[Array], exponent: int) -> Float[Array, "D Q Q"]:
     """A^exponent from its `_doublings`."""
     chosen = [x for i, x in enumerate(powers) if exponent >> i & 1]
-    return reduce(lambda x, y: jnp.einsum("dpq,dqr->dpr", x, y), chosen)
+    return reduce(lambda x, y: _exact("dpq,dqr->dpr", x, y), chosen)
 
 
 def _ladder(A: Float[Array, "D Q Q"], rungs: int) -> Float[Array, "rungs D Q Q"]:
