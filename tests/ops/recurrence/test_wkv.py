@@ -100,7 +100,7 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize("chunk", [4, pytest.param(1, marks=pytest.mark.deep)])
 def test_the_gradient_by_hand_is_that_of_the_naive_form(chunk):
     """Without a state, where it runs from the last token to the first; in float64."""
     weight = np.random.default_rng(2).normal(size=(B, T, D))
