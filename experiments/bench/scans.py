@@ -95,13 +95,13 @@ def forms(shape: tuple[int, int, int]) -> Thunks:
     segments = jnp.zeros_like(where)
 
     def run(form: str, chunk: int) -> Callable:
-        at: dict[str, Any] = {
-            "form": form,
-            "chunk": chunk,
-            "positions": where,
-            "segments": segments,
-        }
-        return lambda log_a, b: partial(diagonal_recurrence, **at)(log_a, b)[0]
+        def f(log_a: jax.Array, b: jax.Array) -> jax.Array:
+            h, _ = diagonal_recurrence(
+                log_a, b, positions=where, segments=segments, form=form, chunk=chunk
+            )
+            return h
+
+        return f
 
     programs: Thunks = {"lax.scan, autodiff": compiled(autodiff, log_a, b)}
     for form in FORMS:
