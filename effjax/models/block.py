@@ -8,6 +8,7 @@ from flax import nnx
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context, dropout, fold
 from effjax.models.feedforwards import FEEDFORWARDS
+from effjax.models.functional import Keys
 from effjax.models.layers import Norm
 from effjax.models.mixers import MIXERS
 from effjax.models.mixers.cross_attention import CrossAttention
@@ -22,7 +23,7 @@ class Block(nnx.Module):
     `{"mixer": ..., "cross": ..., "feedforward": ...}`.
     """
 
-    def __init__(self, kind: str, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, kind: str, config: StackConfig, rngs: Keys):
         self.dropout = config.dropout
         self.norm_mixer = Norm(config.width)
         self.mixer = MIXERS[kind](config, rngs)

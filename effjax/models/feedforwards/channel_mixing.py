@@ -8,6 +8,7 @@ from flax import nnx
 
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
+from effjax.models.functional import Keys
 from effjax.models.layers import Dense
 from effjax.ops.recurrence.token_shift import token_shift, token_shift_state
 from effjax.weights import Axes, Tree
@@ -28,7 +29,7 @@ class ChannelMixing(nnx.Module):
 
     carries: ClassVar[bool] = True
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         width, hidden = (("embed", config.width),), (("mlp", config.hidden),)
         self.key = Dense("btd,df->btf", width, hidden, rngs)
         self.value = Dense("btf,fd->btd", hidden, width, rngs, gain=config.residual_gain)

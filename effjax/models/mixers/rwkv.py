@@ -9,6 +9,7 @@ from flax import nnx
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
 from effjax.models.feedforwards.channel_mixing import mixed
+from effjax.models.functional import Keys
 from effjax.models.layers import Dense
 from effjax.ops.accounting import Flops
 from effjax.ops.recurrence.token_shift import token_shift, token_shift_state
@@ -34,7 +35,7 @@ class RWKV(nnx.Module):
     causality: ClassVar[str] = "exact"
     decodes: ClassVar[bool] = True
 
-    def __init__(self, config: StackConfig, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, rngs: Keys):
         self.chunk = config.rwkv.chunk
         width, channels = (("embed", config.width),), (("channels", config.width),)
         self.r = Dense("btd,dc->btc", width, channels, rngs)
