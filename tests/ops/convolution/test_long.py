@@ -1,7 +1,9 @@
 """The long convolution's parts: transforms, matrices, choices, costs, and how it decodes."""
 
+import json
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,8 @@ from effjax.ops.convolution.fft import signal, smooth_length, spectrum
 from effjax.ops.convolution.long import FASTEST, fastest, long_blocks, long_convolution, long_state
 from effjax.ops.convolution.long_naive import naive_long_convolution
 from effjax.ops.convolution.monarch_fft import monarch_factors, monarch_signal, monarch_spectrum
+
+MEASURED = Path(__file__).parents[3] / "experiments/results/long_convolution.json"
 
 
 def normal(*shape: int) -> np.ndarray:
@@ -180,6 +184,22 @@ def test_the_fastest_form_follows_the_length_and_the_platform():
         assert [fastest(limit, platform) for limit, _ in table] == [form for _, form in table]
         assert fastest(table[0][0] + 1, platform) == table[1][1]
     assert fastest(10, "something else") in ("direct", "fft")
+
+
+def test_what_is_chosen_was_among_the_fastest():
+    """At every length that was measured, within half as much again: a choice also makes room."""
+    tried = 0
+    for rows, documents in (("1 documents", 1), ("3 documents", 3)):
+        for length, seconds in json.loads(MEASURED.read_text())[rows].items():
+            T, form = int(length), fastest(int(length), "cpu")
+            plan = long_blocks(T, T, form=form, aligned=documents == 1)
+            whole = documents == 1 and form != "direct"
+            name = f"{form} {'whole' if whole else plan.chunk}"
+            if name in seconds:  # a row of one chunk of numbers is not
+                tried += 1
+                best = min(row["seconds"] for row in seconds.values())
+                assert seconds[name]["seconds"] <= 1.5 * best, (rows, name)
+    assert tried >= 10
 
 
 def test_documents_have_room_in_rows_that_are_laid_out():
