@@ -11,9 +11,10 @@ from effjax.models.functional import Keys
 from effjax.models.kinds import Kind
 from effjax.models.layers import Dense
 from effjax.ops.accounting import Flops
-from effjax.ops.recurrence.accounting import exact_gated_flops, gated_flops
+from effjax.ops.recurrence.accounting import exact_gated_flops
 from effjax.ops.recurrence.linear_attention import (
     exact_two_sided_flops,
+    kernel_sums_flops,
     linear_attention,
     linear_attention_state,
     two_sided_flops,
@@ -77,6 +78,11 @@ class LinearAttention(nnx.Module):
         return Flops(0, 0)
 
     @classmethod
+    def causal_flops(cls, config: StackConfig, B: int, T: int) -> Flops:
+        """FLOPs of a decoder's sums as written: without gates."""
+        return kernel_sums_flops(B, T, *cls._sizes(config), getattr(config, cls.kind).chunk)
+
+    @classmethod
     def exact_flops(cls, config: StackConfig, T: int) -> Flops:
         """Model FLOPs of what mixes the tokens of one row."""
         own, sizes = getattr(config, cls.kind), cls._sizes(config)
@@ -92,12 +98,12 @@ class LinearAttention(nnx.Module):
     @classmethod
     def program_flops(cls, config: StackConfig, B: int, T: int, aligned: bool) -> Flops:
         """FLOPs of the same as written, over B rows."""
-        own, (N, R, Hv) = getattr(config, cls.kind), cls._sizes(config)
+        own, sizes = getattr(config, cls.kind), cls._sizes(config)
         made = cls.feature_flops(config, B * T)
         summed = (
-            gated_flops(B, T, N, R, Hv + 1, own.chunk)
+            cls.causal_flops(config, B, T)
             if config.causal
-            else two_sided_flops(B, T, N, R, Hv, own.chunk, aligned=aligned)
+            else two_sided_flops(B, T, *sizes, own.chunk, aligned=aligned)
         )
         return Flops(summed.forward + made.forward, summed.backward + made.backward)
 

@@ -10,6 +10,7 @@ from effjax.models.functional import Constant, Keys
 from effjax.models.kinds import Kind
 from effjax.models.mixers.linear_attention import LinearAttention
 from effjax.ops.accounting import Flops
+from effjax.ops.recurrence.accounting import gated_flops
 from effjax.ops.recurrence.performer import (
     orthogonal_projection,
     performer_attention,
@@ -62,6 +63,14 @@ class Performer(LinearAttention):
     def features(cls, config: StackConfig) -> int:
         """Features of a head's query or key."""
         return config.performer.features
+
+    @classmethod
+    def causal_flops(cls, config: StackConfig, B: int, T: int) -> Flops:
+        """FLOPs of a decoder's sums as written: gates stabilise them, and have no gradient."""
+        heads, features, value_dim = cls._sizes(config)
+        return gated_flops(
+            B, T, heads, features, value_dim + 1, config.performer.chunk, trained=False
+        )
 
     @classmethod
     def feature_flops(cls, config: StackConfig, tokens: int) -> Flops:

@@ -13,6 +13,7 @@ from effjax.models.kinds import Kind
 from effjax.models.layers import Dense
 from effjax.models.mixers.linear_attention import LinearAttention
 from effjax.ops.accounting import Flops
+from effjax.ops.recurrence.accounting import gated_flops
 from effjax.ops.recurrence.random_features import random_feature_attention, random_feature_state
 from effjax.weights import Axes, Tree
 
@@ -76,6 +77,14 @@ class RandomFeatureAttention(LinearAttention):
     def features(cls, config: StackConfig) -> int:
         """Features of a head's query or key: a sine and a cosine of each projection."""
         return 2 * config.rfa.features
+
+    @classmethod
+    def causal_flops(cls, config: StackConfig, B: int, T: int) -> Flops:
+        """FLOPs of a decoder's sums as written."""
+        if not config.rfa.gated:
+            return super().causal_flops(config, B, T)
+        heads, features, value_dim = cls._sizes(config)
+        return gated_flops(B, T, heads, features, value_dim + 1, config.rfa.chunk)
 
     @classmethod
     def feature_flops(cls, config: StackConfig, tokens: int) -> Flops:

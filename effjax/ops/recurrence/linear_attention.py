@@ -13,13 +13,15 @@ Attention", 2020, section 3, https://arxiv.org/abs/2006.16236, and the authors' 
 https://github.com/idiap/fast-transformers. Departure: documents in packed rows.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from effjax.errors import ConfigError
 from effjax.ops.accounting import Flops
-from effjax.ops.recurrence.bookkeeping import rows_after, timeline
+from effjax.ops.recurrence.bookkeeping import Timeline, place_after, rows_after, timeline
 from effjax.ops.recurrence.gated import gated_recurrence, gated_state
 
 State = dict[str, Array]
@@ -71,7 +73,6 @@ def linear_attention(
         elu_features(jnp.where(live, q, 0)),
         elu_features(jnp.where(live, k, 0)),
         v,
-        jnp.zeros(v.shape[:3]),
         positions=positions,
         segments=segments,
         state=state,
@@ -114,7 +115,7 @@ def kernel_sums(
     q: Float[Array, "B T N R"],
     k: Float[Array, "B T N R"],
     v: Float[Array, "B T N Hv"],
-    log_gate: Float[Array, "B T N"],
+    log_gate: Float[Array, "B T N"] | None = None,
     *,
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
@@ -124,24 +125,47 @@ def kernel_sums(
     """Computes sums over the document so far of (q_t . k_s) v_s and q_t . k_s, both 0 at padding.
 
     q and k are features; gates fade both sums alike. In at least float32. Arguments as in
-    `gated_recurrence`; the state's S has a column more than v, for the second sum.
+    `gated_recurrence`, which does it where there are gates; the state's S has a column more than v,
+    for the second sum.
 
     Raises:
         ConfigError: chunk is less than 1.
 
     Source: Katharopoulos et al. 2020, equation 9, https://arxiv.org/abs/2006.16236
     """
-    sums, state = gated_recurrence(
-        q,
-        k,
-        _with_ones(v),
-        log_gate,
-        positions=positions,
-        segments=segments,
-        state=state,
-        chunk=chunk,
-    )
+    v = _with_ones(v)
+    if log_gate is None and v.shape[1] > 1:
+        sums, state = _ungated(q, k, v, positions, segments, state, chunk)
+    else:
+        gate = jnp.zeros(v.shape[:3]) if log_gate is None else log_gate
+        where: Any = {"positions": positions, "segments": segments, "state": state, "chunk": chunk}
+        sums, state = gated_recurrence(q, k, v, gate, **where)
     return sums[..., :-1], sums[..., -1:], state
+
+
+def _ungated(
+    q: Array,
+    k: Array,
+    v: Float[Array, "B T N Hv"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    state: State | None,
+    chunk: int,
+) -> tuple[Float[Array, "B T N Hv"], State | None]:
+    """`gated_recurrence` with gates of 1: masks in the place of decays."""
+    _require_chunk("kernel_sums", chunk)
+    (B, T, N, Hv), R = v.shape, k.shape[-1]
+    rows = rows_after(state, positions, segments)
+    time = timeline(rows)
+    q, k, v, run, same = _split(q, k, v, time, min(chunk, T))
+    scores = jnp.einsum("bnctr,bncsr->bncts", q, k) * jnp.tril(same)[:, None]
+    S = jnp.zeros((B, N, R, Hv), v.dtype) if state is None else state["S"].astype(v.dtype)
+    earlier, S = _beyond(q, k, v, run, S, after=False)
+    y = _join(jnp.einsum("bncts,bncsv->bnctv", scores, v) + earlier, T)
+    if state is None:
+        return y, None
+    position, segment = place_after(rows)
+    return y, {"S": S.astype(state["S"].dtype), "position": position, "segment": segment}
 
 
 def two_sided_sums(
@@ -168,23 +192,19 @@ def two_sided_sums(
     Source: Katharopoulos et al. 2020, equation 6, https://arxiv.org/abs/2006.16236; packed rows
     are ours.
     """
-    if chunk < 1:
-        raise ConfigError(f"two_sided_sums: chunk must be at least 1, got {chunk}")
+    _require_chunk("two_sided_sums", chunk)
     v = _with_ones(v)
     if aligned:
         sums = jnp.einsum("btnr,bnrv->btnv", q, jnp.einsum("bsnr,bsnv->bnrv", k, v))
         return sums[..., :-1], sums[..., -1:]
-    B, T, N, Hv = v.shape
-    chunk = min(chunk, T)
+    (B, T, N, Hv), R = v.shape, k.shape[-1]
     time = timeline(rows_after(None, positions, segments))
-    q, k, v = (_chunks(jnp.where(time.live[..., None, None], x, 0), chunk) for x in (q, k, v))
-    fill = ((0, 0), (0, -T % chunk))
-    run = jnp.pad(time.run, fill, mode="edge").reshape(B, -1, chunk)
-    same = run[..., :, None] == run[..., None, :]
-    y = jnp.einsum("bncts,bncsv->bnctv", jnp.einsum("bnctr,bncsr->bncts", q, k) * same[:, None], v)
+    q, k, v, run, same = _split(q, k, v, time, min(chunk, T))
+    scores = jnp.einsum("bnctr,bncsr->bncts", q, k) * same[:, None]
+    y = jnp.einsum("bncts,bncsv->bnctv", scores, v)
     for after in (False, True):
-        y = y + _beyond(q, k, v, run, after)
-    y = y.transpose(0, 2, 3, 1, 4).reshape(B, -1, N, Hv)[:, :T]
+        y = y + _beyond(q, k, v, run, jnp.zeros((B, N, R, Hv), v.dtype), after)[0]
+    y = _join(y, T)
     return y[..., :-1], y[..., -1:]
 
 
@@ -193,9 +213,13 @@ def _beyond(
     k: Float[Array, "B N c C R"],
     v: Float[Array, "B N c C Hv"],
     run: Int[Array, "B c C"],
+    S: Float[Array, "B N R Hv"],
     after: bool,
-) -> Float[Array, "B N c C Hv"]:
+) -> tuple[Float[Array, "B N c C Hv"], Float[Array, "B N R Hv"]]:
     """What tokens read of their document in earlier chunks, or in those after theirs.
+
+    S is the memory before the first chunk (after the last one), and what it has become behind the
+    last (before the first).
 
     A chunk meets the document that goes on at its near edge and hands on the one at its far edge.
     """
@@ -210,9 +234,9 @@ def _beyond(
         keep, written = step
         return jnp.where(keep, S, 0) + written, S
 
-    entering = jax.lax.scan(carry, jnp.zeros_like(written[0]), (keep, written), reverse=after)[1]
+    S, entering = jax.lax.scan(carry, S, (keep, written), reverse=after)
     met = q * (run == near[..., None])[:, None, ..., None]
-    return jnp.einsum("bnctr,cbnrv->bnctv", met, entering)
+    return jnp.einsum("bnctr,cbnrv->bnctv", met, entering), S
 
 
 def _with_ones(v: Float[Array, "B T N Hv"]) -> Array:
@@ -221,11 +245,51 @@ def _with_ones(v: Float[Array, "B T N Hv"]) -> Array:
     return jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
 
 
-def _chunks(x: Float[Array, "B T N R"], chunk: int) -> Float[Array, "B N c C R"]:
-    """Whole chunks of tokens, heads first; the last one is filled with zeros, which is padding."""
-    B, T, N, R = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -T % chunk), (0, 0), (0, 0)))
-    return x.reshape(B, -1, chunk, N, R).transpose(0, 3, 1, 2, 4)
+def _split(
+    q: Array, k: Array, v: Array, time: Timeline, chunk: int
+) -> tuple[Array, Array, Array, Int[Array, "B c C"], Bool[Array, "B c C C"]]:
+    """Whole chunks [B N c C ...], documents of their tokens, and which pairs have one document.
+
+    The last chunk is filled with zeros, which is padding; so is what stands at padding.
+    """
+    (B, _, N, _), fill = v.shape, -v.shape[1] % chunk
+
+    def chunks(x: Array) -> Array:
+        x = jnp.where(time.live[..., None, None], x, 0)
+        x = jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0)))
+        return x.reshape(B, -1, chunk, N, x.shape[-1]).transpose(0, 3, 1, 2, 4)
+
+    run = jnp.pad(time.run, ((0, 0), (0, fill)), mode="edge").reshape(B, -1, chunk)
+    same = run[..., :, None] == run[..., None, :]
+    return chunks(q), chunks(k), chunks(v), run, same
+
+
+def _join(y: Float[Array, "B N c C Hv"], length: int) -> Float[Array, "B T N Hv"]:
+    """Rows of chunks, without what filled the last one."""
+    B, N, _, _, Hv = y.shape
+    return y.transpose(0, 2, 3, 1, 4).reshape(B, -1, N, Hv)[:, :length]
+
+
+def _require_chunk(name: str, chunk: int) -> None:
+    if chunk < 1:
+        raise ConfigError(f"{name}: chunk must be at least 1, got {chunk}")
+
+
+def kernel_sums_flops(B: int, T: int, N: int, R: int, Hv: int, chunk: int) -> Flops:
+    """FLOPs of `kernel_sums` without gates as written, R features a head: masks not spared.
+
+    Per token and head: chunk (R + Hv + 1) multiply-adds inside the chunk, and R (Hv + 1) to write
+    the memory and to read it. Every product has two cotangents. One token reads the memory.
+
+    Source: our own count of `linear_attention.py`.
+    """
+    if T == 1:
+        forward = 2 * B * N * R * (Hv + 1)
+    else:
+        chunk = min(chunk, T)
+        tokens = B * -(-T // chunk) * chunk
+        forward = 2 * tokens * N * (chunk * (R + Hv + 1) + 2 * R * (Hv + 1))
+    return Flops(forward, 2 * forward)
 
 
 def two_sided_flops(

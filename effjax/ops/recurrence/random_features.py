@@ -95,7 +95,7 @@ def random_feature_attention(
     live = (positions >= 0)[..., None]
     q_, k_ = (fourier_features(unit(jnp.where(live[..., None], x, 0)), projection) for x in (q, k))
     if gate is None:
-        log_gate, written = jnp.zeros(v.shape[:3], q_.dtype), jnp.ones(v.shape[:3], q_.dtype)
+        log_gate, written = None, jnp.ones(v.shape[:3], q_.dtype)
     else:
         gate = jnp.where(live, gate.astype(q_.dtype), 0)
         log_gate, written = jax.nn.log_sigmoid(gate), jax.nn.sigmoid(-gate)
