@@ -68,9 +68,10 @@ class ByteTokenizer:
         return np.frombuffer(text, np.uint8)
 
 
-def require_vocab(vocab: int) -> None:
-    """Requires a model to know every id that bytes can have. Raises ConfigError."""
-    if vocab < ByteTokenizer.vocab:
-        raise ConfigError(
-            f"model.vocab must be at least {ByteTokenizer.vocab} for bytes, got {vocab}"
-        )
+def require_vocab(vocab: int, wanted: int = ByteTokenizer.vocab, of: str = "bytes") -> None:
+    """Requires a model to know every id that bytes, or other tokens, can have.
+
+    Raises ConfigError.
+    """
+    if vocab < wanted:
+        raise ConfigError(f"model.vocab must be at least {wanted} for {of}, got {vocab}")

@@ -14,7 +14,7 @@ import numpy as np
 from effjax.cost import clock, flops
 from effjax.cost.memory import stored_bytes
 from effjax.data.batch import Batch
-from effjax.data.packing import Packed
+from effjax.data.examples import RowSource
 from effjax.evaluate.bits_per_byte import BitsPerByte, bits_per_byte
 from effjax.evaluate.record import Bytes, Device
 from effjax.inference.generate import continue_prompts, decoding_form
@@ -23,7 +23,9 @@ from effjax.objectives.causal_lm import causal_lm
 from effjax.weights import Tree, Weight, is_weight
 
 
-def score(apply: Callable, params: Tree, packed: Packed, *, rows: int, batch: int) -> BitsPerByte:
+def score(
+    apply: Callable, params: Tree, packed: RowSource, *, rows: int, batch: int
+) -> BitsPerByte:
     """Bits per byte over `rows` rows, evenly spread over a packed text of byte tokens."""
     spread = np.unique(np.linspace(0, packed.count - 1, rows).round().astype(np.int64))
     padded = np.concatenate([spread, np.full(-len(spread) % batch, -1)])
