@@ -22,6 +22,7 @@ Departure: a document's first token forgets all that was before it, whatever its
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from effjax.errors import ConfigError
@@ -32,7 +33,7 @@ from effjax.ops.recurrence.bookkeeping import (
     rows_after,
     timeline,
 )
-from effjax.ops.recurrence.sums import spread
+from effjax.ops.recurrence.sums import product, spread
 
 State = dict[str, Array]
 
@@ -170,15 +171,15 @@ def _by_head(
     v = _chunks(v, chunk).reshape(B, -1, chunk, G, R, Hv)
     run = jnp.pad(run, ((0, 0), (0, -T % chunk)), mode="edge").reshape(B, -1, chunk)
     inside, read, write, keep = _decays(_chunks(gate, chunk), run, G)
-    scores = spread(jnp.einsum("bcgth,bcgsh->bcgts", q, k), 3, R) * inside
-    y = jnp.einsum("bcgrts,bcgrsv->bcgrtv", scores, v.transpose(0, 1, 3, 4, 2, 5))
+    scores = spread(product("bcgth,bcgsh->bcgts", q, k), 3, R) * inside
+    y = product("bcgrts,bcgrsv->bcgrtv", scores, v.transpose(0, 1, 3, 4, 2, 5))
     faded = v.transpose(0, 1, 3, 2, 4, 5) * spread(write, -1, Hv)
     faded = faded.reshape(B, -1, G, chunk, R * Hv)
-    written = jnp.einsum("bcgsh,bcgsw->cbghw", k, faded)
+    written = product("bcgsh,bcgsw->cbghw", k, faded)
     wide = S.reshape(B, G, R, H, Hv).transpose(0, 1, 3, 2, 4)
     last, entering = jax.lax.scan(_carry, wide, (keep, written.reshape(-1, *wide.shape)))
     entering = entering.reshape(-1, B, G, H, R * Hv)
-    old = jnp.einsum("bcgth,cbghw->bcgtw", q, entering).reshape(B, -1, G, chunk, R, Hv)
+    old = product("bcgth,cbghw->bcgtw", q, entering).reshape(B, -1, G, chunk, R, Hv)
     y = y.transpose(0, 1, 4, 2, 3, 5) + (old * spread(read, -1, Hv)).transpose(0, 1, 3, 2, 4, 5)
     y = y.reshape(B, -1, N, Hv)[:, :T]
     return y, last.transpose(0, 1, 3, 2, 4).reshape(B, N, H, Hv)
@@ -209,17 +210,19 @@ def _decays(
     gate = gate.transpose(0, 1, 3, 2)
     end, first = run[..., -1], jnp.zeros_like(run[:, :1, -1])
     start = jnp.concatenate([first, end[:, :-1]], axis=1)
-    past = jnp.tril(jnp.ones((C, C), bool))[None, None]
-    pair = (past & (run[..., :, None] == run[..., None, :]))[:, :, None]
+    lag = np.arange(C)[:, None] - np.arange(C)[None]
+    same = (lag >= 0)[None, None] & (run[..., :, None] == run[..., None, :])
+
+    def summed(x: Array) -> Array:
+        return jnp.einsum("bcts,bcns->bcnt", same.astype(x.dtype), x, precision="highest")
 
     def faded(exponent: Array, passes: Array) -> Array:
         return jnp.where(passes, jnp.exp(jnp.where(passes, exponent, 0)), 0)
 
+    # How many tokens the document has here so far says it all over again, in fewer steps.
     whole = jnp.ceil(gate)
-    ones = pair[:, :, 0].astype(gate.dtype)
-    sums = [
-        jnp.einsum("bcts,bcns->bcnt", ones, x, precision="highest") for x in (whole, gate - whole)
-    ]
+    sums, count = (summed(whole), summed(gate - whole)), jnp.sum(same, axis=-1)[:, :, None]
+    pair = (lag >= 0)[None, None, None] & (lag[None, None, None] < count[..., None])
     inside = faded(sum(spread(x, -1, C) - spread(x, -2, C) for x in sums), pair)
     read = faded(sum(sums), (run == start[..., None])[:, :, None])
     write = faded(sum(x[..., -1:] - x for x in sums), (run == end[..., None])[:, :, None])
