@@ -123,4 +123,4 @@ def verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
 
 
 if __name__ == "__main__":
-    main(run, AttentionFreeConfig)
+    raise SystemExit(main(run, AttentionFreeConfig))

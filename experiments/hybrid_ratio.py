@@ -142,4 +142,4 @@ def verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
 
 
 if __name__ == "__main__":
-    main(run, HybridConfig)
+    raise SystemExit(main(run, HybridConfig))

@@ -162,4 +162,4 @@ def run(config: LraConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(run, LraConfig)
+    raise SystemExit(main(run, LraConfig))

@@ -116,4 +116,4 @@ def run(config: SpeedConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(run, SpeedConfig)
+    raise SystemExit(main(run, SpeedConfig))

@@ -158,4 +158,4 @@ def run(config: RecallConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(run, RecallConfig)
+    raise SystemExit(main(run, RecallConfig))

@@ -163,4 +163,4 @@ def run(config: Table1Config) -> None:
 
 
 if __name__ == "__main__":
-    main(run, Table1Config)
+    raise SystemExit(main(run, Table1Config))
