@@ -46,9 +46,12 @@ class Mamba2(nnx.Module):
         self.c = Dense("btd,dgp->btgp", width, shared, rngs)
         self.dt = Dense("btd,dn->btn", width, heads[:1], rngs)
         self.o = Dense("btnh,nhd->btd", heads, width, rngs, gain=config.residual_gain)
-        for name, sizes in (("x", heads), ("b", shared), ("c", shared)):
-            names, shape = (tuple(part) for part in zip(*sizes, strict=True))
-            reach = own.taps**-0.5
+        reach = own.taps**-0.5
+        for name, (shape, names) in {
+            "x": ((N, H), ("heads", "head")),
+            "b": ((own.groups, P), ("groups", "state")),
+            "c": ((own.groups, P), ("groups", "state")),
+        }.items():
             taps = jax.random.uniform(rngs(), (*shape, own.taps), minval=-reach, maxval=reach)
             setattr(self, f"filter_{name}", nnx.Param(taps, axes=Axes((), (*names, "tap"))))
             setattr(self, f"bias_{name}", nnx.Param(jnp.zeros(shape), axes=Axes((), names)))
@@ -82,9 +85,9 @@ class Mamba2(nnx.Module):
     def _mixed(self, x: jax.Array, context: Context, state: Tree) -> tuple[jax.Array, Tree]:
         """The layer on one stretch of tokens."""
         x = context.clear(x)
-        made = (layer(x) for layer in (self.gate, self.x, self.b, self.c, self.dt))
+        z, x_, b, c, dt = (layer(x) for layer in (self.gate, self.x, self.b, self.c, self.dt))
         y, state = mamba2(
-            Mamba2Inputs(*made, context.positions, context.segments),
+            Mamba2Inputs(z, x_, b, c, dt, context.positions, context.segments),
             self._weights(),
             state=state,
             chunk=self.chunk,

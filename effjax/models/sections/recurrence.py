@@ -118,7 +118,7 @@ class GatedLinearAttentionConfig:
     key_dim: int | None = None
     rank: int = 16
     tau: float = 16.0
-    chunk: int = 64
+    chunk: int = 32
 
     def __post_init__(self) -> None:
         require_types(self)

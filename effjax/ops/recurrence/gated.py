@@ -22,7 +22,6 @@ Departure: a document's first token forgets all that was before it, whatever its
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from effjax.errors import ConfigError
@@ -210,7 +209,7 @@ def _decays(
     gate = gate.transpose(0, 1, 3, 2)
     end, first = run[..., -1], jnp.zeros_like(run[:, :1, -1])
     start = jnp.concatenate([first, end[:, :-1]], axis=1)
-    lag = np.arange(C)[:, None] - np.arange(C)[None]
+    lag = jnp.arange(C)[:, None] - jnp.arange(C)[None]
     same = (lag >= 0)[None, None] & (run[..., :, None] == run[..., None, :])
 
     def summed(x: Array) -> Array:
@@ -219,14 +218,19 @@ def _decays(
     def faded(exponent: Array, passes: Array) -> Array:
         return jnp.where(passes, jnp.exp(jnp.where(passes, exponent, 0)), 0)
 
+    def between(x: Array) -> Array:
+        return spread(x, -1, C) - spread(x, -2, C)
+
     # How many tokens the document has here so far says it all over again, in fewer steps.
-    whole = jnp.ceil(gate)
-    sums, count = (summed(whole), summed(gate - whole)), jnp.sum(same, axis=-1)[:, :, None]
+    count = jnp.sum(same, axis=-1)[:, :, None]
     pair = (lag >= 0)[None, None, None] & (lag[None, None, None] < count[..., None])
-    inside = faded(sum(spread(x, -1, C) - spread(x, -2, C) for x in sums), pair)
-    read = faded(sum(sums), (run == start[..., None])[:, :, None])
-    write = faded(sum(x[..., -1:] - x for x in sums), (run == end[..., None])[:, :, None])
-    keep = faded(sum(sums)[..., -1], (start == end)[:, :, None])
+    whole, part = summed(jnp.ceil(gate)), summed(gate - jnp.ceil(gate))
+    inside, until = faded(between(whole) + between(part), pair), whole + part
+    read = faded(until, (run == start[..., None])[:, :, None])
+    write = faded(
+        (whole[..., -1:] - whole) + (part[..., -1:] - part), (run == end[..., None])[:, :, None]
+    )
+    keep = faded(until[..., -1], (start == end)[:, :, None])
     heads = (B, c, groups, N // groups)
     read, write = (x.reshape(*heads, C).swapaxes(-1, -2) for x in (read, write))
     keep = keep.reshape(heads).transpose(1, 0, 2, 3)[:, :, :, None, :, None]

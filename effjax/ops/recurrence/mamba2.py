@@ -113,7 +113,9 @@ def mamba2(
     y = y + _everywhere(jnp.repeat(weights.skip[:, None], y.shape[-1], axis=1), y) * x_
     y = _normed(y * jax.nn.silu(z.astype(dtype)), b_.shape[2])
     y = (y * _everywhere(weights.scale, y)).astype(x.dtype)
-    return y, None if after is None else after | {"inputs": inputs_after}
+    if after is None or inputs_after is None:
+        return y, None
+    return y, after | {"inputs": inputs_after}
 
 
 def _convolved(
