@@ -22,9 +22,8 @@ associative scan slower than a scan (0.16 / 0.16); retention in chunks of 64 is 
 a scan (3.5 / 6.1), packed rows; three documents a row cost a state space 1.7 / 2.1 times aligned
 rows, and twenty, which are run by token, 9 / 9 times. A layer of Mamba-2 (width 256, 8 heads of 64,
 64 states, one text of 2048) in pieces of 256 tokens takes 21 MB of temporaries, and on a machine
-that was shared by many programs (load 7 on 2 cores) was 1.43 (1.21-1.77) times as fast as
-transformers' in torch 2.13, in pieces of 512 1.32 times with 34 MB, and unbroken, before some of
-its sums were made fast, 1.08 times with 103 MB.
+that was shared by many programs (load 7 on 2 cores) was 1.43 (1.21-1.77) and 1.31 (0.99-1.67) times
+as fast as transformers' in torch 2.13, in pieces of 512 1.32 times with 34 MB.
 """
 
 import argparse
