@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from effjax.weights.axes import Axes
-from effjax.weights.weight import Saving, Weight, contract_dense, leaf, letters, take_dense
+from effjax.weights.weight import Saving, Weight, contract_dense, leaf, letters, product, take_dense
 
 
 def expand(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -46,12 +46,7 @@ class Quantized(Weight):
         after = all(s == 1 if c not in ys else s in (1, n) for c, s, n in spans)
         if self.zero is not None or not after:
             return contract_dense(spec, x, self.materialize())
-        y = jnp.einsum(
-            spec,
-            x,
-            self.codes.astype(x.dtype),
-            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
-        )
+        y = product(spec, x, self.codes)
         kept = [c for c in ws if c in ys]
         scale = self.scale.reshape(
             [n for c, n in zip(ws, self.scale.shape, strict=True) if c in ys]

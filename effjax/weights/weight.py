@@ -111,10 +111,22 @@ def dense(w: AnyWeight) -> jax.Array:
 
 def contract_dense(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """`einsum(spec, x, w)` in x's dtype, accumulated in at least float32."""
-    letters(spec)
+    return product(spec, x, w).astype(x.dtype)
+
+
+def product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`einsum(spec, x, w)` with w in x's dtype; the sums, in at least float32, are not rounded."""
+    xs, ws, ys = letters(spec)
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
-    y = jnp.einsum(spec, x, w.astype(x.dtype), preferred_element_type=accumulate)
-    return y.astype(x.dtype)
+    w = w.astype(x.dtype)
+    batch = [c for c in xs if c in ws and c in ys]
+    if x.dtype == accumulate or not batch:
+        return jnp.einsum(spec, x, w, preferred_element_type=accumulate)
+    # XLA on CPU sums products of short floats in float32 only where batch axes come first.
+    a, b, c = ("".join([*batch, *(i for i in part if i not in batch)]) for part in (xs, ws, ys))
+    x, w = jnp.einsum(f"{xs}->{a}", x), jnp.einsum(f"{ws}->{b}", w)
+    y = jnp.einsum(f"{a},{b}->{c}", x, w, preferred_element_type=accumulate)
+    return jnp.einsum(f"{c}->{ys}", y)
 
 
 def take_dense(w: jax.Array, ids: jax.Array) -> jax.Array:

@@ -462,6 +462,23 @@ def test_the_sum_runs_in_float32():
         assert effjax.einsum("bd,df->bf", x, w).tolist() == [[n, n]]
 
 
+@pytest.mark.parametrize(
+    ("spec", "x", "w"),
+    [
+        ("btni,nij->btnj", (2, 5, 3, 4), (3, 4, 6)),
+        ("becd,edf->becf", (2, 3, 5, 8), (3, 8, 4)),
+        ("tbip,tips->bis", (2, 3, 5, 4), (2, 5, 4, 6)),
+    ],
+)
+def test_short_floats_meet_a_weight_with_batch_axes_anywhere(spec, x, w):
+    """XLA on CPU has no such product where the batch axes do not come first."""
+    x, w = (np.random.default_rng(0).standard_normal(shape).astype(np.float32) for shape in (x, w))
+    x = jnp.asarray(x, jnp.bfloat16)
+    got = jax.jit(functools.partial(contract_dense, spec))(x, w)
+    rounded = np.asarray(jnp.asarray(w, jnp.bfloat16), np.float32)
+    close(got.astype(jnp.float32), np.einsum(spec, np.asarray(x, np.float32), rounded), 4e-3)
+
+
 # Lookups and ties.
 
 
