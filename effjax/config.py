@@ -113,17 +113,21 @@ def require_finite(
         inside &= high is None or (value < high if high_open else value <= high)
         if not inside:
             bounds = [
-                low is not None and f"{'above' if low_open else 'at least'} {low:g}",
-                high is not None and f"{'below' if high_open else 'at most'} {high:g}",
+                low is not None and f"{'above' if low_open else 'at least'} {_shown(low)}",
+                high is not None and f"{'below' if high_open else 'at most'} {_shown(high)}",
             ]
             wanted = " and ".join(bound for bound in bounds if bound) or "finite"
             raise ConfigError(f"{where} must be {wanted}, got {value!r}")
 
 
-def require_positive(config: Any, *names: str) -> None:
-    """Requires finite numbers above zero."""
+def _shown(bound: float) -> str:
+    return f"{bound}" if isinstance(bound, int) else f"{bound:g}"
+
+
+def require_positive(config: Any, *names: str, most: float | None = None) -> None:
+    """Requires finite numbers above zero, and none above `most`."""
     for name in names:
-        require_finite(config, name, low=0, low_open=True)
+        require_finite(config, name, low=0, high=most, low_open=True)
 
 
 def require_divides(config: Any, divisor: str, name: str) -> None:

@@ -28,10 +28,12 @@ from effjax.models.sections import (
     DSSConfig,
     EMAConfig,
     GatedDeltaRuleConfig,
+    GatedLinearAttentionConfig,
     GSSConfig,
     H3Config,
     HyenaConfig,
     LinearAttentionConfig,
+    Mamba2Config,
     MambaConfig,
     MegaConfig,
     MonarchConfig,
@@ -60,6 +62,8 @@ CONFIGS = (
     RetentionConfig,
     RGLRUConfig,
     MambaConfig,
+    Mamba2Config,
+    GatedLinearAttentionConfig,
     RWKVConfig,
     AFTConfig,
     AFTConvConfig,
@@ -106,12 +110,36 @@ def test_a_number_out_of_range_is_refused_by_name(config, name, value):
         config(**{name: value})
 
 
+LIMITED = CONFIGS[CONFIGS.index(RetentionConfig) : CONFIGS.index(SwitchConfig)]
+HUGE = [
+    (config, name, 2**40)
+    for config in LIMITED
+    for name in numbers(config)
+    if isinstance(getattr(config(), name), int | None)
+]
+EXTREME = [
+    (config, f.name, value)
+    for config in LIMITED
+    for f in fields(config)
+    if f.name in ("dt_min", "dt_max", "tau", "spread", "gain", "frequency", "slow", "fast", "shift")
+    for value in ((1e300,) if f.name in ("spread", "gain", "shift") else (1e-300, 1e300))
+]
+
+
+@pytest.mark.parametrize(("config", "name", "value"), [*HUGE, *EXTREME])
+def test_what_no_array_or_float_holds_is_refused_by_name(config, name, value):
+    with pytest.raises(ConfigError, match=rf"\.{name} must be .*at (most|least) "):
+        config(**{name: value})
+
+
 def test_every_number_of_every_config_is_tried():
     assert {c: len(numbers(c)) for c in CONFIGS} == {
         AttentionConfig: 4,
         PositionConfig: 11,
         RetentionConfig: 5,
         MambaConfig: 7,
+        Mamba2Config: 8,
+        GatedLinearAttentionConfig: 6,
         RGLRUConfig: 3,
         RWKVConfig: 1,
         AFTConfig: 4,

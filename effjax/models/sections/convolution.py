@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from effjax.config import require_finite, require_positive, require_types
 from effjax.errors import ConfigError
+from effjax.models.sections.limits import SIZE, UNROLLED
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,12 @@ class HyenaConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "order", "length", "width", "bands", "hidden", "inner")
+        require_positive(self, "length", "bands", "hidden", most=SIZE)
+        require_positive(self, "order", "width", "inner", most=UNROLLED)
         for name in ("frequency", "slow", "fast"):
-            require_finite(self, name, low=0.0, low_open=True)
+            require_finite(self, name, low=1e-3, high=1e6)
         require_finite(self, "target", low=0.0, low_open=True, high=1.0, high_open=True)
-        require_finite(self, "shift", low=0.0)
+        require_finite(self, "shift", low=0.0, high=1e3)
         if self.order < 2:
             raise ConfigError(f"HyenaConfig.order must be at least 2, got {self.order}")
 
@@ -55,5 +57,5 @@ class SGConvConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "length", "taps")
+        require_positive(self, "length", "taps", most=SIZE)
         require_finite(self, "decay", low=0.0, low_open=True, high=1.0)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from effjax.config import require_finite, require_positive, require_types
+from effjax.models.sections.limits import LONGEST, POSITIONS, SHORTEST, SIZE, UNROLLED
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class LinearAttentionConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "heads", "head_dim", "chunk")
+        require_positive(self, "heads", "head_dim", most=SIZE)
+        require_positive(self, "chunk", most=POSITIONS)
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class PerformerConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "heads", "head_dim", "features", "chunk")
+        require_positive(self, "heads", "head_dim", "features", most=SIZE)
+        require_positive(self, "chunk", most=POSITIONS)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class RandomFeatureConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "heads", "head_dim", "features", "chunk")
+        require_positive(self, "heads", "head_dim", "features", most=SIZE)
+        require_positive(self, "chunk", most=POSITIONS)
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,9 @@ class DeltaRuleConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "heads", "head_dim", "value_dim", "taps", "chunk")
+        require_positive(self, "heads", "head_dim", "value_dim", most=SIZE)
+        require_positive(self, "chunk", most=POSITIONS)
+        require_positive(self, "taps", most=UNROLLED)
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,8 @@ class GatedDeltaRuleConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "heads", "head_dim", "value_dim", "taps", "chunk")
-        require_finite(self, "dt_min", low=0.0, low_open=True)
-        require_finite(self, "dt_max", low=self.dt_min)
+        require_positive(self, "heads", "head_dim", "value_dim", most=SIZE)
+        require_positive(self, "chunk", most=POSITIONS)
+        require_positive(self, "taps", most=UNROLLED)
+        require_finite(self, "dt_min", low=SHORTEST, high=LONGEST)
+        require_finite(self, "dt_max", low=self.dt_min, high=LONGEST)

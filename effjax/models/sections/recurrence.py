@@ -5,6 +5,7 @@ from typing import Literal
 
 from effjax.config import require_finite, require_positive, require_types
 from effjax.errors import ConfigError
+from effjax.models.sections.limits import LONGEST, POSITIONS, SHORTEST, SIZE, UNROLLED
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class RetentionConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "heads", "head_dim", "value_dim", "chunk")
+        require_positive(self, "heads", "head_dim", "value_dim", most=SIZE)
+        require_positive(self, "chunk", most=POSITIONS)
         require_finite(self, "rope_base", low=1.0, low_open=True)
 
 
@@ -47,9 +49,11 @@ class MambaConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "expand", "states", "taps", "rank", "piece")
-        require_finite(self, "dt_min", low=0.0, low_open=True)
-        require_finite(self, "dt_max", low=self.dt_min)
+        require_positive(self, "expand", "states", "rank", most=SIZE)
+        require_positive(self, "piece", most=POSITIONS)
+        require_positive(self, "taps", most=UNROLLED)
+        require_finite(self, "dt_min", low=SHORTEST, high=LONGEST)
+        require_finite(self, "dt_max", low=self.dt_min, high=LONGEST)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class RGLRUConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "channels", "blocks", "taps")
+        require_positive(self, "channels", "blocks", most=SIZE)
+        require_positive(self, "taps", most=UNROLLED)
         if self.channels is not None and self.channels % self.blocks:
             raise ConfigError(
                 f"RGLRUConfig.blocks must divide channels={self.channels}, got {self.blocks}"
@@ -95,9 +100,11 @@ class Mamba2Config:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "heads", "head_dim", "states", "groups", "taps", "chunk")
-        require_finite(self, "dt_min", low=0.0, low_open=True)
-        require_finite(self, "dt_max", low=self.dt_min)
+        require_positive(self, "heads", "head_dim", "states", "groups", most=SIZE)
+        require_positive(self, "chunk", most=POSITIONS)
+        require_positive(self, "taps", most=UNROLLED)
+        require_finite(self, "dt_min", low=SHORTEST, high=LONGEST)
+        require_finite(self, "dt_max", low=self.dt_min, high=LONGEST)
         if self.heads % self.groups:
             raise ConfigError(
                 f"Mamba2Config.groups must divide heads={self.heads}, got {self.groups}"
@@ -122,8 +129,9 @@ class GatedLinearAttentionConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "heads", "head_dim", "key_dim", "rank", "chunk")
-        require_finite(self, "tau", low=0.0, low_open=True)
+        require_positive(self, "heads", "head_dim", "key_dim", "rank", most=SIZE)
+        require_positive(self, "chunk", most=POSITIONS)
+        require_finite(self, "tau", low=1e-3, high=1e6)
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,7 @@ class RWKVConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "chunk")
+        require_positive(self, "chunk", most=POSITIONS)
 
 
 @dataclass(frozen=True)
@@ -152,8 +160,9 @@ class AFTConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "length", "rank", "window")
-        require_finite(self, "spread", low=0.0)
+        require_positive(self, "length", "rank", most=SIZE)
+        require_positive(self, "window", most=POSITIONS)
+        require_finite(self, "spread", low=0.0, high=1e3)
 
 
 @dataclass(frozen=True)
@@ -171,8 +180,8 @@ class AFTConvConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "heads", "head_dim", "window")
-        require_finite(self, "gain", low=0.0)
+        require_positive(self, "heads", "head_dim", "window", most=SIZE)
+        require_finite(self, "gain", low=0.0, high=1e3)
 
 
 @dataclass(frozen=True)
@@ -187,7 +196,8 @@ class EMAConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "states", "chunk")
+        require_positive(self, "states", most=SIZE)
+        require_positive(self, "chunk", most=POSITIONS)
 
 
 @dataclass(frozen=True)
@@ -206,8 +216,7 @@ class MegaConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "key_dim", "value_dim", "chunk")
+        require_positive(self, "key_dim", "value_dim", most=SIZE)
+        require_positive(self, "chunk", most=POSITIONS)
         if self.key_dim % 2:
             raise ConfigError(f"MegaConfig.key_dim must be even, got {self.key_dim}")
-        if self.chunk > 2**30:
-            raise ConfigError(f"MegaConfig.chunk must be at most 2**30, got {self.chunk}")

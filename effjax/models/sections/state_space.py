@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from effjax.config import require_finite, require_positive, require_types
 from effjax.errors import ConfigError
+from effjax.models.sections.limits import LONGEST, POSITIONS, SHORTEST, SIZE, UNROLLED
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class StateSpaceConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "states", "chunk")
+        require_positive(self, "states", most=SIZE)
+        require_positive(self, "chunk", most=POSITIONS)
         _require_steps(self)
 
 
@@ -39,7 +41,8 @@ class S4Config:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "states", "chunk")
+        require_positive(self, "states", most=SIZE)
+        require_positive(self, "chunk", most=POSITIONS)
         _require_steps(self)
 
 
@@ -59,7 +62,8 @@ class DSSConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "states", "length", "chunk")
+        require_positive(self, "states", most=SIZE)
+        require_positive(self, "length", "chunk", most=POSITIONS)
         _require_steps(self)
 
 
@@ -80,7 +84,8 @@ class GSSConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "states", "narrow", "wide", "chunk")
+        require_positive(self, "states", "narrow", "wide", most=SIZE)
+        require_positive(self, "chunk", most=POSITIONS)
 
 
 @dataclass(frozen=True)
@@ -102,14 +107,16 @@ class H3Config:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "heads", "head_dim", "states", "taps", "chunk")
+        require_positive(self, "heads", "head_dim", "states", most=SIZE)
+        require_positive(self, "chunk", most=POSITIONS)
+        require_positive(self, "taps", most=UNROLLED)
         _require_steps(self)
 
 
 def _require_steps(config: Any) -> None:
     """Raises ConfigError unless 0 < dt_min <= dt_max, both finite."""
-    require_finite(config, "dt_min", low=0.0, low_open=True)
-    require_finite(config, "dt_max", low=0.0, low_open=True)
+    require_finite(config, "dt_min", low=SHORTEST, high=LONGEST)
+    require_finite(config, "dt_max", low=SHORTEST, high=LONGEST)
     if config.dt_max < config.dt_min:
         raise ConfigError(
             f"{type(config).__name__}.dt_max must be at least dt_min={config.dt_min:g}, "

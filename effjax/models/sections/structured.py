@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from effjax.config import require_positive, require_types
+from effjax.models.sections.limits import SIZE
 
 
 @dataclass(frozen=True)
@@ -18,4 +19,4 @@ class MonarchConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_positive(self, "blocks", "rank")
+        require_positive(self, "blocks", "rank", most=SIZE)
