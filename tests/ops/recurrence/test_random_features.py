@@ -74,7 +74,7 @@ def plain(q, k, v, gate):
             if document != SEGMENTS[b, t]:
                 document, S, z = SEGMENTS[b, t], np.zeros((N, 2 * R, HV)), np.zeros((N, 2 * R))
             g = np.ones(N) if gate is None else 1 / (1 + np.exp(-np.float64(gate[b, t])))
-            new = np.ones(N) if gate is None else 1 - g
+            new = np.ones(N) if gate is None else 1 / (1 + np.exp(np.float64(gate[b, t])))
             for n in range(N):
                 S[n] = g[n] * S[n] + new[n] * np.outer(phi[1][b, t, n], v[b, t, n])
                 z[n] = g[n] * z[n] + new[n] * phi[1][b, t, n]
@@ -116,6 +116,22 @@ def test_gates_that_are_one_are_none():
     for a, b in zip(gradients[:3], wants[:3], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-9)
     assert np.abs(np.asarray(other) - np.asarray(want)).max() > 1e-2
+
+
+@pytest.mark.parametrize("gate", [-200.0, 30.0, 45.0, 60.0, 100.0, 200.0])
+def test_gates_that_are_all_but_shut_have_finite_slopes(gate):
+    """Below a quotient stands its divisor; below its slope, as usually written, the square."""
+    q, k, v, other = inputs()
+    gates = np.where(np.arange(T)[None, :, None] % 5 == 4, other, gate).astype(np.float32)
+    (_, y), gradients = program(True)(q, k, v, gates, PROJECTION)
+    assert all(np.isfinite(g).all() for g in gradients)
+    if gate <= 45:
+        np.testing.assert_allclose(y, plain(q, k, v, gates), atol=1e-4)
+    with jax.enable_x64(True):
+        exact = program(True)(*(x.astype(np.float64) for x in (q, k, v, gates, PROJECTION)))[1]
+    if gate <= 45:
+        for one, other in zip(gradients, exact, strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-4 * np.abs(other).max())
 
 
 def test_token_by_token_is_the_whole():
