@@ -39,6 +39,7 @@ from effjax.ops.recurrence.layout import move
 
 State = dict[str, Any]
 BASE = 8  # tokens whose pairs are formed one by one
+LEAST = 1e-30  # of what a block's largest key and bias would weigh: what counts
 
 
 class Tokens(NamedTuple):
@@ -243,9 +244,12 @@ def _block(keys: Tokens, queries: Tokens, run: Int[Array, "... 1"], bias: Any, s
         sums = jnp.einsum("...ts,...skg->...tkg", w[..., 0, :, :], x)
     else:
         sums = jnp.einsum("...kts,...skg->...tkg", w, x)
-    some = (queries.live & (queries.run == run))[..., None] & (sums[..., -1] > 0)
-    exponent = jnp.where(some, unit + jnp.swapaxes(top, -1, -2), NEVER)
-    return Part(jnp.where(some[..., None], sums, 0), exponent)
+    # The largest key may not meet the largest bias: the unit becomes the weight itself.
+    size = jax.lax.stop_gradient(sums[..., -1])
+    some = (queries.live & (queries.run == run))[..., None] & (size > LEAST)
+    size = jnp.where(some, size, 1)
+    exponent = jnp.where(some, unit + jnp.swapaxes(top, -1, -2) + jnp.log(size), NEVER)
+    return Part(jnp.where(some[..., None], sums / size[..., None], 0), exponent)
 
 
 def _beyond(tokens: Tokens, bias: Any, chunk: int, start: Part | None, share: bool) -> Part:

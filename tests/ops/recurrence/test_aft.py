@@ -102,6 +102,29 @@ def test_keys_of_any_size_neither_drown_nor_overflow(kind):
     np.testing.assert_allclose(y, plain(kind, k, v, *WHOLE), atol=2e-4)
 
 
+def test_biases_as_wide_as_keys_have_values_and_slopes():
+    """Few pairs of a block come near its largest key with its largest bias."""
+    (k, v), bias = inputs("full", 100.0), jax.tree.map(lambda x: 2.5 * x, BIASES["full"])
+
+    def loss(form, k, v, bias):
+        positions, segments = map(jnp.asarray, WHOLE)
+        y = form(k, v, bias, positions=positions, segments=segments)
+        y = y[0] if isinstance(y, tuple) else y
+        return jnp.sum(jnp.cos(y)), y
+
+    (_, y), got = jax.jit(
+        jax.value_and_grad(lambda *x: loss(aft, *x), argnums=(0, 1, 2), has_aux=True)
+    )(k, v, bias)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (k, v, bias))
+        (_, want), wants = jax.jit(
+            jax.value_and_grad(lambda *x: loss(naive_aft, *x), argnums=(0, 1, 2), has_aux=True)
+        )(*wide)
+    np.testing.assert_allclose(y, want, atol=3e-4)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wants), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-3 * np.abs(other).max())
+
+
 def gradients(form: str, kind: str):
     bias, weight = BIASES[kind], np.random.default_rng(4).normal(size=(B, T, D))
 
