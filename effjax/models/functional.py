@@ -22,20 +22,27 @@ class Functional(NamedTuple):
     axes_of: Callable[[Tree], Tree]
 
 
-class Keys:
-    """A stream of keys: `keys()` gives fold_in(key, 0), fold_in(key, 1), ...
+class Keys(nnx.Rngs):
+    """`nnx.Rngs` with the same keys, fold_in(key, 0), fold_in(key, 1), ..., counted in Python.
 
-    The same keys as `nnx.Rngs(key)()`, whose count is an array: while a model is traced, each of
-    its keys costs milliseconds.
+    Flax counts in an array: while a model is traced, each of its keys costs milliseconds.
     """
 
     def __init__(self, key: jax.Array):
-        self.key = key
-        self.count = 0
+        super().__init__(key)
+        self.default = _Stream(key, tag="default")
+
+
+class _Stream(nnx.RngStream):
+    """Flax's only stream here: modules that keep it are refused as they were."""
+
+    def __init__(self, key: jax.Array, *, tag: str):
+        super().__init__(key, tag=tag)
+        self.drawn = 0
 
     def __call__(self) -> jax.Array:
-        key = jax.random.fold_in(self.key, self.count)
-        self.count += 1
+        key = jax.random.fold_in(self.key[...], self.drawn)
+        self.drawn += 1
         return key
 
 

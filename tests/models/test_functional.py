@@ -16,13 +16,21 @@ from effjax.models.decoder import decoder
 from effjax.models.functional import Constant, functional
 from effjax.models.kinds import DECODER_KINDS
 from effjax.models.layers import Dense, Embed, Norm
-from effjax.models.sections import AttentionConfig
+from effjax.models.sections import AttentionConfig, H3Config, RGLRUConfig
 from effjax.transforms.adapt.lora import lora
 from effjax.transforms.grow import split_runs
 from effjax.transforms.quantize.round_to_nearest import round_to_nearest
 from effjax.weights import Axes, Factored, LowRank, einsum, is_weight, partition, paths
 
-SMALL = DecoderConfig(vocab=7, width=8, hidden=12, layers=2, attention=AttentionConfig(heads=2))
+SMALL = DecoderConfig(
+    vocab=7,
+    width=8,
+    hidden=12,
+    layers=2,
+    attention=AttentionConfig(heads=2),
+    h3=H3Config(heads=2),
+    rg_lru=RGLRUConfig(blocks=2),
+)
 
 
 class Tied(nnx.Module):
@@ -118,7 +126,17 @@ CONFIGS = {
 }
 
 
-CONSTANTS = {"log_decay", "table", "constant", "means", "count", "rotations"}
+CONSTANTS = {
+    "log_decay",
+    "table",
+    "constant",
+    "means",
+    "count",
+    "rotations",
+    "projection",
+    "rate",
+    "norm",
+}
 """What a model holds and never trains by gradients."""
 
 
@@ -127,9 +145,10 @@ def test_axes_have_the_structure_and_the_ranks_of_params(name):
     init, _, axes_of = decoder(CONFIGS[name])
     params = jax.eval_shape(init, jax.random.key(0))
     axes = axes_of(params)
-    assert jax.tree.structure(axes) == jax.tree.structure(params)
-    for path, ax, w in zip(paths(params), *map(jax.tree.leaves, (axes, params)), strict=True):
-        assert len(ax.names) == w.ndim, path
+    weights, structure = jax.tree.flatten(params, is_leaf=is_weight)
+    assert jax.tree.structure(axes) == structure
+    for path, ax, w in zip(paths(params), jax.tree.leaves(axes), weights, strict=True):
+        assert len(ax.names) == len(w.shape), path
         assert ax.batch[:1] == (("layers",) if "/runs/" in path else ()), path
         assert ax.constant == (path.split("/")[-1] in CONSTANTS), path
         assert ax.lookup == (path == "embed/weight"), path
@@ -145,7 +164,7 @@ def test_one_axis_name_is_one_size():
         units = params["stack"]["runs"]["000"], axes_of(params)["stack"]["runs"]["000"]
         for block in units[0]:
             sizes = {}
-            leaves = (jax.tree.leaves(unit[block]) for unit in units)
+            leaves = (jax.tree.leaves(unit[block], is_leaf=is_weight) for unit in units)
             for w, ax in zip(*leaves, strict=True):
                 for name, size in zip(ax.names, w.shape, strict=True):
                     assert sizes.setdefault(name, size) == size

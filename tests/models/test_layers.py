@@ -12,9 +12,9 @@ from jax.extend.core import jaxprs_in_params
 from effjax.models.configs import DecoderConfig
 from effjax.models.decoder import decoder
 from effjax.models.functional import functional
-from effjax.models.kinds import DECODER_KINDS
+from effjax.models.kinds import ATTENTIONS, DECODER_KINDS
 from effjax.models.layers import Dense, Embed, Experts, Norm
-from effjax.models.sections import AttentionConfig
+from effjax.models.sections import AttentionConfig, H3Config, RGLRUConfig
 from effjax.weights import Axes, Quantized
 
 
@@ -129,7 +129,14 @@ def test_one_expert_is_cut_out_of_any_leaf():
 
 
 HALF = DecoderConfig(
-    vocab=11, width=8, hidden=12, layers=2, attention=AttentionConfig(heads=2), dtype="bfloat16"
+    vocab=11,
+    width=8,
+    hidden=12,
+    layers=2,
+    attention=AttentionConfig(heads=2),
+    h3=H3Config(heads=2),
+    rg_lru=RGLRUConfig(blocks=2),
+    dtype="bfloat16",
 )
 HALVES = {kind: replace(HALF, pattern=(kind,)) for kind in DECODER_KINDS}
 HALVES["switch"] = replace(HALF, feedforward="switch")
@@ -148,10 +155,14 @@ def operations(jaxpr):
             yield from operations(inner)
 
 
-MEMORIES = ("retention", "state_space", "ema")
-"""Kinds whose states are sums, in float32, and no tokens."""
-MEMORIES_AND_CACHES = ("infinity", "mega", "mega_chunk")
-"""Kinds whose states are both."""
+MEMORIES_AND_CACHES = ("infinity", "mega", "mega_chunk", "aft_local", "aft_conv")
+"""Kinds whose states are sums, in float32, and tokens as layers pass them on."""
+MEMORIES = tuple(
+    kind
+    for kind in DECODER_KINDS
+    if kind not in (*ATTENTIONS, *MEMORIES_AND_CACHES, "aft_full")  # whose states are tokens alone
+)
+"""Kinds whose states are sums; or inputs that a convolution reads, in its float32."""
 
 
 @pytest.mark.parametrize("name", HALVES)

@@ -61,16 +61,16 @@ class Hyena(nnx.Module):
         W = own.width
         self.short = uniform(W, N + 1, D, W, names=("gate", "embed", "tap"))
         self.short_bias = uniform(W, N + 1, D, names=("gate", "embed"))
-        self.w_in = uniform(E, E, F, names=("basis", "hidden"))
+        self.w_in = uniform(E, E, F, names=("feature", "hidden"))
         self.b_in = uniform(E, F, names=("hidden",))
         self.inner = uniform(F, own.inner, F, F, names=("rank", "hidden", "basis"))
         self.b_inner = uniform(F, own.inner, F, names=("rank", "hidden"))
         self.frequency = nnx.Param(jnp.full(F, own.frequency), axes=Axes((), ("hidden",)))
-        self.w_out = uniform(F, F, N - 1, D, names=("hidden", "gate", "embed"))
+        self.w_out = uniform(F, F, N - 1, D, names=("hidden", "order", "embed"))
         normal = jax.random.normal(rngs(), (N - 1, D))
-        self.skip = nnx.Param(normal, axes=Axes((), ("gate", "embed")))
+        self.skip = nnx.Param(normal, axes=Axes((), ("order", "embed")))
         rates = decay_rates((N - 1) * D, fast=own.fast, slow=own.slow, target=own.target)
-        self.rate = Constant(rates.reshape(N - 1, D), axes=Axes((), ("gate", "embed")))
+        self.rate = Constant(rates.reshape(N - 1, D), axes=Axes((), ("order", "embed")))
 
     def kernels(self, taps: int) -> jax.Array:
         """The filters' first taps, the skips added to the first: [N-1 S D]."""
