@@ -11,6 +11,7 @@ OPERATORS = ("MIN", "MAX", "MED", "SM")
 """Smallest, largest, median rounded down, sum modulo 10: ids 10 to 13 open a list; 14 closes it."""
 
 CLOSE = 10 + len(OPERATORS)
+PATIENCE = 100_000  # trees thrown away in turn before a size is given up
 LIST = 0.25
 """The probability that a node above the largest depth is a list."""
 
@@ -42,6 +43,14 @@ class ListOps:
             raise ConfigError(
                 f"ListOps.length must be at least shortest={self.shortest}, got {self.length}"
             )
+        largest, level = 1, 1
+        while level < self.depth and largest < self.shortest:
+            largest, level = 2 + self.arguments * largest, level + 1
+        if largest < self.shortest:
+            raise ConfigError(
+                f"ListOps.shortest must be at most {largest}, the most tokens of depth="
+                f"{self.depth} and arguments={self.arguments}, got {self.shortest}"
+            )
 
     @property
     def vocab(self) -> int:
@@ -52,14 +61,21 @@ class ListOps:
         """(tokens, targets), int32 [count, length]."""
         tokens = np.full((count, self.length), -1, np.int32)
         targets = np.full((count, self.length), -1, np.int32)
-        made = 0
+        made = thrown = 0
         while made < count:
             written: list[int] = []
             result = self._node(random, written, 1)
             if result is not None and self.shortest <= len(written) <= self.length:
                 tokens[made, : len(written)] = written
                 targets[made, len(written) - 1] = result
-                made += 1
+                made, thrown = made + 1, 0
+                continue
+            thrown += 1
+            if thrown == PATIENCE:
+                raise ConfigError(
+                    f"ListOps.shortest={self.shortest} to length={self.length} tokens: none of "
+                    f"{thrown} trees of depth={self.depth} and arguments={self.arguments} is such"
+                )
         return tokens, targets
 
     def _node(self, random: np.random.Generator, written: list[int], depth: int) -> int | None:

@@ -3,9 +3,11 @@
 import statistics
 
 import numpy as np
+import pytest
 
-from effjax.data.tasks import ListOps, examples
+from effjax.data.tasks import ListOps, examples, list_ops
 from effjax.data.tasks.list_ops import CLOSE, LIST
+from effjax.errors import ConfigError
 
 
 def read(tokens: list[int]) -> tuple[int, int, list[int]]:
@@ -60,3 +62,17 @@ def test_a_node_is_a_list_as_often_as_is_said():
         task._node(random, written, 1)
         made += len(written) > 1
     assert abs(made / 2000 - LIST) < 0.03
+
+
+@pytest.mark.parametrize("sizes", [{"depth": 2}, {"depth": 5, "arguments": 2, "shortest": 47}])
+def test_sizes_that_no_tree_has_are_refused(sizes):
+    with pytest.raises(ConfigError, match=r"ListOps.shortest must be at most \d+"):
+        ListOps(**sizes)
+    ListOps(depth=5, arguments=2, shortest=46, length=46)
+
+
+def test_sizes_that_hardly_a_tree_has_are_given_up(monkeypatch):
+    monkeypatch.setattr(list_ops, "PATIENCE", 50)
+    rare = ListOps(depth=5, arguments=2, shortest=46, length=46)
+    with pytest.raises(ConfigError, match="none of 50 trees"):
+        rare.draw(np.random.default_rng(0), 1)
