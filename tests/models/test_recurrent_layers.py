@@ -23,6 +23,7 @@ from effjax.models.sections import (
     DeltaRuleConfig,
     GatedDeltaRuleConfig,
     GatedLinearAttentionConfig,
+    Mamba2Config,
     RWKVConfig,
 )
 
@@ -33,6 +34,7 @@ CONFIG = DecoderConfig(
     gated_linear_attention=GatedLinearAttentionConfig(heads=N, rank=3, tau=3.0, chunk=4),
     delta_rule=DeltaRuleConfig(heads=N, value_dim=6, taps=3, chunk=4),
     gated_delta_rule=GatedDeltaRuleConfig(heads=N, value_dim=6, taps=3, chunk=4),
+    mamba2=Mamba2Config(heads=N, states=3, chunk=4),
     rwkv=RWKVConfig(chunk=4),
 )
 
@@ -118,18 +120,19 @@ def channel_mixing(p: Any, x: np.ndarray) -> np.ndarray:
     return sigmoid(gate @ p["receptance"]["kernel"]) * (hidden @ p["value"]["kernel"])
 
 
-LAYERS: dict[str, tuple[type, Callable]] = {
-    "gated_linear_attention": (MIXERS["gated_linear_attention"], gated_linear_attention),
-    "delta_rule": (MIXERS["delta_rule"], delta_rule),
-    "gated_delta_rule": (MIXERS["gated_delta_rule"], delta_rule),
-    "rwkv": (MIXERS["rwkv"], rwkv),
-    "channel_mixing": (FEEDFORWARDS["channel_mixing"], channel_mixing),
+LAYERS: dict[str, Callable] = {
+    "gated_linear_attention": gated_linear_attention,
+    "delta_rule": delta_rule,
+    "gated_delta_rule": delta_rule,
+    "rwkv": rwkv,
+    "channel_mixing": channel_mixing,
 }
+PARTS: dict[str, Any] = {**MIXERS, **FEEDFORWARDS}
 
 
 @cache
 def layer(name: str) -> tuple[Any, Callable]:
-    init, apply, _ = functional(lambda keys: LAYERS[name][0](CONFIG, keys))
+    init, apply, _ = functional(lambda keys: PARTS[name](CONFIG, keys))
     context = Context.of(jnp.zeros((B, T), int), None, None, None, None)
     context = replace(context, aligned=False)
 
@@ -151,7 +154,7 @@ def test_it_is_the_papers_layer_in_numpy(name):
     x, weight = rng.normal(size=(2, B, T, D))
     with jax.enable_x64(True):
         y, slope = map(np.asarray, run(params, way, x, weight))
-    law = LAYERS[name][1]
+    law = LAYERS[name]
     np.testing.assert_allclose(y, law(params, x), atol=1e-9)
     assert np.std(y) > 1e-3
 
@@ -159,3 +162,16 @@ def test_it_is_the_papers_layer_in_numpy(name):
         return np.sum(weight * law(jax.tree.map(lambda p, w: p + step * w, params, way), x))
 
     np.testing.assert_allclose(slope, (total(1e-5) - total(-1e-5)) / 2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("log_rate", [-100.0, 100.0])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("mamba2", "log_a"), ("gated_delta_rule", "log_a"), ("rwkv", "decay")]
+)
+def test_what_never_fades_and_what_fades_at_once_have_finite_slopes(kind, name, log_rate):
+    params, run = layer(kind)
+    params = params | {name: jnp.full_like(params[name], log_rate)}
+    x, weight = np.random.default_rng(0).normal(size=(2, B, T, D)).astype(np.float32)
+    y, slope = run(params, jax.tree.map(jnp.ones_like, params), x, weight)
+    assert np.isfinite(y).all()
+    assert np.isfinite(slope)

@@ -11,6 +11,7 @@ from effjax.models.functional import Keys
 from effjax.models.kinds import Kind
 from effjax.models.layers import Dense
 from effjax.models.mixers.delta_rule import DeltaRule
+from effjax.ops.recurrence.bookkeeping import rates
 from effjax.weights import Axes
 
 
@@ -45,7 +46,7 @@ class GatedDeltaRule(DeltaRule):
         """Log gates [B T N], in at least float32."""
         dt = self.dt(x).astype(jnp.promote_types(x.dtype, jnp.float32))
         steps = jax.nn.softplus(dt + self.dt_bias.get_value()[None, None])
-        return -jnp.exp(self.log_a.get_value())[None, None] * steps
+        return -rates(self.log_a.get_value())[None, None] * steps
 
     def gated(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """What of a head's output goes on: what the output gate lets through."""

@@ -12,6 +12,7 @@ from effjax.models.feedforwards.channel_mixing import mixed
 from effjax.models.functional import Keys
 from effjax.models.layers import Dense
 from effjax.ops.accounting import Flops
+from effjax.ops.recurrence.bookkeeping import rates
 from effjax.ops.recurrence.token_shift import token_shift, token_shift_state
 from effjax.ops.recurrence.wkv import wkv, wkv_state
 from effjax.weights import Axes, Tree
@@ -66,7 +67,7 @@ class RWKV(nnx.Module):
             project(mixed(x, before, mu.get_value()))
             for project, mu in ((self.r, self.mu_r), (self.k, self.mu_k), (self.v, self.mu_v))
         )
-        log_decay = -jnp.exp(self.decay.get_value())
+        log_decay = -rates(self.decay.get_value())
         y, sums = wkv(k, v, log_decay, self.bonus.get_value(), **at, chunk=self.chunk)
         after = None if latest is None or sums is None else {**latest, **sums}
         return self.o(jax.nn.sigmoid(r) * y), after, {}

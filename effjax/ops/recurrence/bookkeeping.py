@@ -7,11 +7,12 @@ from token to token, and a recurrence decays by their *differences*, so that a h
 padding token) and a hole in the positions (a dropped token) are different things.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 # A logarithm of no memory at all: its exp is exactly 0 in every dtype, and 0 * it is 0, not NaN.
 NEVER = -1e8
@@ -111,6 +112,14 @@ def previous(x: Int[Array, "B T"], first: Int[Array, " B"]) -> Int[Array, "B T"]
     Source: the state protocol of this package.
     """
     return jnp.concatenate([first[:, None].astype(x.dtype), x[:, :-1]], axis=1)
+
+
+def rates(log: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Computes exp(log), at most 1e8, which leaves nothing of a memory: finite, and so its slope.
+
+    Source: our own choice.
+    """
+    return jnp.exp(jnp.minimum(log, math.log(-NEVER)))
 
 
 def _read(x: Int[Array, "B T"], index: Int[Array, "B S"], old: Int[Array, " B"]) -> Array:

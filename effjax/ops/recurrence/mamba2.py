@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from effjax.ops.convolution.short import short_convolution, short_state
+from effjax.ops.recurrence.bookkeeping import rates
 from effjax.ops.recurrence.gated import gated_recurrence, gated_state
 from effjax.ops.recurrence.sums import spread
 
@@ -100,7 +101,7 @@ def mamba2(
         dt = jnp.where(live[..., None], dt, 0)
     x_, b_, c_, inputs_after = _convolved(weights, inputs, state, aligned)
     dt = jax.nn.softplus(dt.astype(dtype) + weights.dt_bias[None, None].astype(dtype))
-    gate = -jnp.exp(weights.log_a.astype(dtype))[None, None] * dt
+    gate = -rates(weights.log_a.astype(dtype))[None, None] * dt
     y, after = gated_recurrence(
         c_,
         b_,

@@ -22,15 +22,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.errors import ConfigError
 from effjax.ops.accounting import Flops
 from effjax.ops.recurrence.bookkeeping import (
-    NEVER,
     empty_place,
     place_after,
+    rates,
     rows_after,
     timeline,
 )
@@ -104,7 +103,7 @@ def selective_scan(
     time = timeline(rows)
     live = time.live[..., None]
     u, step, write, read = (jnp.where(live, v.astype(dtype), 0) for v in (x, dt, b, c))
-    A = -jnp.exp(jnp.minimum(a_log.astype(dtype), np.log(-NEVER))).T
+    A = -rates(a_log.astype(dtype)).T
     h = jnp.zeros((B, *A.shape), dtype) if state is None else state["h"].astype(dtype)
     tokens = Tokens(step, step * u, write, read, time.begins)
     if T == 1:
