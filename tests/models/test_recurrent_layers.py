@@ -24,6 +24,8 @@ from effjax.models.sections import (
     GatedDeltaRuleConfig,
     GatedLinearAttentionConfig,
     Mamba2Config,
+    MambaConfig,
+    RGLRUConfig,
     RWKVConfig,
 )
 
@@ -34,6 +36,8 @@ CONFIG = DecoderConfig(
     gated_linear_attention=GatedLinearAttentionConfig(heads=N, rank=3, tau=3.0, chunk=4),
     delta_rule=DeltaRuleConfig(heads=N, value_dim=6, taps=3, chunk=4),
     gated_delta_rule=GatedDeltaRuleConfig(heads=N, value_dim=6, taps=3, chunk=4),
+    mamba=MambaConfig(expand=1, states=3, taps=3, rank=2, piece=4),
+    rg_lru=RGLRUConfig(blocks=2, taps=3),
     mamba2=Mamba2Config(heads=N, states=3, chunk=4),
     rwkv=RWKVConfig(chunk=4),
 )
@@ -64,12 +68,14 @@ def shifted(x: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
 
 
-def filtered(x: np.ndarray, taps: np.ndarray) -> np.ndarray:
-    """silu of each channel's short convolution: the last tap weighs the token itself."""
-    y = np.zeros_like(x)
+def filtered(
+    x: np.ndarray, taps: np.ndarray, bias: Any = 0.0, after: Callable = silu
+) -> np.ndarray:
+    """Each channel's short convolution: the last tap weighs the token itself."""
+    y = np.zeros_like(x) + bias
     for back in range(taps.shape[-1]):
         y[:, back:] += x[:, : T - back] * taps[..., -1 - back]
-    return silu(y)
+    return after(y)
 
 
 def gated_linear_attention(p: Any, x: np.ndarray) -> np.ndarray:
@@ -120,7 +126,42 @@ def channel_mixing(p: Any, x: np.ndarray) -> np.ndarray:
     return sigmoid(gate @ p["receptance"]["kernel"]) * (hidden @ p["value"]["kernel"])
 
 
+def mamba(p: Any, x: np.ndarray) -> np.ndarray:
+    u = filtered(onto(x, p["x"]["kernel"]), p["filter"], p["filter_bias"])
+    b, c, down = (u @ p[name]["kernel"] for name in ("b", "c", "dt_down"))
+    dt = np.log1p(np.exp(down @ p["dt_up"]["kernel"] + p["dt_bias"]))
+    h, y = np.zeros((B, *p["a_log"].shape)), p["skip"] * u
+    for t in range(T):
+        h = np.exp(-dt[:, t, :, None] * np.exp(p["a_log"])) * h
+        h = h + (dt * u)[:, t, :, None] * b[:, t, None]
+        y[:, t] += np.einsum("bdp,bp->bd", h, c[:, t])
+    return (y * silu(x @ p["gate"]["kernel"])) @ p["o"]["kernel"]
+
+
+def rg_lru(p: Any, x: np.ndarray) -> np.ndarray:
+    u = x @ p["x"]["kernel"] + p["x_bias"]
+    u = filtered(u, p["filter"], p["filter_bias"], lambda y: y)
+    parts = u.reshape(B, T, *p["input_gate"]["kernel"].shape[:2])
+    r, i = (
+        sigmoid(
+            np.einsum("btni,nij->btnj", parts, p[f"{c}_gate"]["kernel"]).reshape(u.shape)
+            + p[f"{c}_bias"]
+        )
+        for c in ("recurrence", "input")
+    )
+    a = np.exp(-8 * np.log1p(np.exp(p["decay"])) * r)
+    h, y = np.zeros(u[:, 0].shape), np.zeros(u.shape)
+    for t in range(T):
+        h = a[:, t] * h + (np.sqrt(1 - a[:, t] ** 2) if t else 1) * i[:, t] * u[:, t]
+        y[:, t] = h
+    z = x @ p["gate"]["kernel"] + p["gate_bias"]
+    gelu = z / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (z + 0.044715 * z**3)))
+    return (y * gelu) @ p["o"]["kernel"] + p["o_bias"]
+
+
 LAYERS: dict[str, Callable] = {
+    "mamba": mamba,
+    "rg_lru": rg_lru,
     "gated_linear_attention": gated_linear_attention,
     "delta_rule": delta_rule,
     "gated_delta_rule": delta_rule,
@@ -175,3 +216,11 @@ def test_what_never_fades_and_what_fades_at_once_have_finite_slopes(kind, name, 
     y, slope = run(params, jax.tree.map(jnp.ones_like, params), x, weight)
     assert np.isfinite(y).all()
     assert np.isfinite(slope)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "gated_delta_rule"])
+def test_steps_start_within_their_range(kind):
+    own = getattr(CONFIG, kind)
+    dt = np.logaddexp(0, np.float64(np.asarray(layer(kind)[0]["dt_bias"])))
+    assert (dt > own.dt_min * 0.999).all()
+    assert (dt < own.dt_max * 1.001).all()
