@@ -51,8 +51,10 @@ def states(words: Sequence[str]) -> None:
         raise ConfigError(f"methods --state takes no words, got {' '.join(words)!r}")
     from effjax.inference.state_size import state_table  # it imports jax
 
-    rows = [(kind, f"{size.fixed:,}", f"{size.per_token:,}") for kind, size in state_table()]
-    show(("mixer", "bytes", "and bytes a token"), rows)
+    rows = [
+        (kind, f"{size.fixed:,} B", f"{size.per_token:,} B/token") for kind, size in state_table()
+    ]
+    show(("mixer", "fixed", "and for each token"), rows)
 
 
 def show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -20,7 +20,7 @@ from effjax.models.kinds import (
 
 def require_compatible(config: Any) -> None:
     """Raises ConfigError for a `StackConfig` whose parts do not compose."""
-    for rule in (_normalizer, _sinusoids, _whole_rows, _heads, _embedded):
+    for rule in (_normalizer, _sinusoids, _whole_rows, _heads, _embedded, _gate_blocks):
         rule(config, type(config).__name__)
 
 
@@ -87,3 +87,12 @@ def _embedded(config: Any, owner: str) -> None:
         raise ConfigError(
             f"{owner}.width must be even for sinusoidal positions, got {config.width}"
         )
+
+
+def _gate_blocks(config: Any, owner: str) -> None:
+    """Griffin's gates are as many blocks as divide the channels that they gate."""
+    own = config.rg_lru
+    channels = own.channels or config.width
+    if "rg_lru" in config.pattern and channels % own.blocks:
+        name = "rg_lru.channels" if own.channels else f"{owner}.width"
+        raise ConfigError(f"rg_lru.blocks must divide {name}={channels}, got {own.blocks}")

@@ -71,6 +71,9 @@ def test_the_table_has_every_kind_that_decodes(monkeypatch, capsys):
     retention = 4 * 4 * 32 * 32 + 8  # float32 sums of 4 heads, a position, a segment
     key_and_value = 2 * 4 * 128 + 8
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"retention  {retention:,}  0", f"attention  4  {key_and_value:,}"]
+    assert lines == [
+        f"retention  {retention:,} B  0 B/token",
+        f"attention  4 B  {key_and_value:,} B/token",
+    ]
     assert main(["methods", "--state", "mamba"]) == 2
     assert "takes no words, got 'mamba'" in capsys.readouterr().err

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from effjax.errors import ConfigError
 from effjax.models.configs import StackConfig
 from effjax.models.context import Context
 from effjax.models.functional import Keys
@@ -112,16 +111,8 @@ class RGLRU(nnx.Module):
 
 
 def _channels(config: StackConfig) -> int:
-    """Channels of the unit.
-
-    Raises ConfigError where its blocks do not divide them.
-    """
-    own = config.rg_lru
-    channels = own.channels or config.width
-    if channels % own.blocks:
-        name = "rg_lru.channels" if own.channels else "the width"
-        raise ConfigError(f"rg_lru.blocks must divide {name}={channels}, got {own.blocks}")
-    return channels
+    """Channels of the unit."""
+    return config.rg_lru.channels or config.width
 
 
 def _shifted(x: jax.Array, bias: nnx.Param) -> jax.Array:
