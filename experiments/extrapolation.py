@@ -18,7 +18,12 @@ kin lose nothing, and a window hides the difference. Claims, fixed before the fi
 - randomised sinusoidal positions are below plain ones at 4L (POS-15);
 - no positions at all lose less than learned ones at 4L (POS-16).
 
-Writes experiments/results/extrapolation.json.
+Writes experiments/results/extrapolation.json; `--kinds window --out
+experiments/results/extrapolation_window.json` wrote the other half of the grid.
+
+Seen: with full attention, verdicts as in the file. With a window of half a row no scheme loses more
+than 0.019 bits per byte from L to 4L (dynamic NTK; learned and sinusoidal positions 0.018), where
+full attention loses up to 0.074 (plain rotary positions): what is never read cannot be far away.
 
 Source: Press et al. 2022, ALiBi, https://arxiv.org/abs/2108.12409; Chen et al. 2023, position
 interpolation, https://arxiv.org/abs/2306.15595; Treviso et al. 2023, section 3.5, and Ding et al.
