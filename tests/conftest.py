@@ -7,7 +7,6 @@ user's, the machine code is not tuned. `EFFJAX_TEST_TUNED=1 pytest` runs what a 
 
 import gc
 import os
-import tempfile
 from importlib.metadata import version
 
 _FLAGS = ["--xla_force_host_platform_device_count=8"]
@@ -20,12 +19,6 @@ if not os.environ.get("EFFJAX_TEST_TUNED"):
     ]
     if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones lack the option
         _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # What one worker has compiled the other need not; a new folder, so that every run is cold.
-    _CACHE = tempfile.TemporaryDirectory(prefix="effjax-tests-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
